@@ -1,0 +1,32 @@
+# Each target makes its own .venv from requirements.txt where there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= digits
+OUT ?= out/demo
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/ready ## train on real digits, verify, sample, invert, draw
+	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
+
+test: .venv/ready ## all tests
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/ready ## style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/ready ## the layer against the paper's formulas read literally
+	mkdir -p out
+	$(BIN)/python -m pytest bench --benchmark-json=out/layer.json
+	$(BIN)/python -m bench.ratios out/layer.json
+
+clean:
+	rm -rf .venv out build dist *.egg-info
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@

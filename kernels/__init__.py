@@ -1,0 +1,25 @@
+"""The arithmetic of the Mint layer, one room per operation.
+
+The folder is imported as ``mintnet_triton.kernels`` through a symbolic link; it imports nothing of
+the package above it.
+"""
+
+if __name__ != "mintnet_triton.kernels":
+    raise ImportError(
+        f"this folder is not the top-level package {__name__!r}; import mintnet_triton.kernels"
+    )
+
+from mintnet_triton.kernels.activation import Activation, find_activation
+from mintnet_triton.kernels.backend import BackendError, use_backend
+from mintnet_triton.kernels.reference import MintWeights, masked_conv2d, mint_layer, mint_map
+
+__all__ = [
+    "Activation",
+    "BackendError",
+    "MintWeights",
+    "find_activation",
+    "masked_conv2d",
+    "mint_layer",
+    "mint_map",
+    "use_backend",
+]

@@ -1,0 +1,123 @@
+"""Monotone activations h: their values, derivatives and inverses.
+
+A Mint layer needs h' >= 0. Being monotone, h' can also be read off the *output* of h, so that a
+layer keeps its activations and never its pre-activations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAKY_SLOPE = 0.01
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise, differentiable, non-decreasing function h.
+
+    Args:
+        name: how messages and checkpoints call it.
+        function: a -> h(a).
+        derivative: a -> h'(a), exact also where h saturates.
+        slope: h(a) -> h'(a), from the output alone; accurate to rounding of the *output*.
+        inverse: h(a) -> a; NaN or infinite outside the range of h.
+
+    Raises:
+        ValueError: the derivative is negative somewhere on [-30, 30].
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        grid = torch.linspace(-30, 30, 6001, dtype=torch.float64, device="cpu")
+        slopes = self.derivative(grid)
+        if not bool((slopes >= 0).all()):
+            worst = int(slopes.nan_to_num(nan=-torch.inf).argmin())
+            raise ValueError(
+                f"activation {self.name!r} is not monotone: its derivative at {grid[worst]:.2f} is "
+                f"{slopes[worst]:.3g}, and a Mint layer needs h' >= 0 everywhere"
+            )
+
+
+def _leaky_slope(a: Tensor) -> Tensor:
+    """The derivative at a, which is also that at h(a): both have one sign."""
+    # Not of two Python floats: torch.where would round them to float32.
+    return torch.where(a > 0, torch.ones_like(a), torch.full_like(a, LEAKY_SLOPE))
+
+
+_KNOWN = {
+    activation.name: activation
+    for activation in (
+        Activation(
+            "elu",
+            function=F.elu,
+            derivative=lambda a: a.clamp(max=0).exp(),
+            slope=lambda h: h.clamp(max=0).add_(1),
+            inverse=lambda h: torch.where(h > 0, h, h.clamp(max=0).log1p()),
+        ),
+        Activation(
+            "leaky_relu",
+            function=lambda a: F.leaky_relu(a, LEAKY_SLOPE),
+            derivative=lambda a: _leaky_slope(a),
+            slope=lambda h: _leaky_slope(h),
+            inverse=lambda h: torch.where(h > 0, h, h / LEAKY_SLOPE),
+        ),
+        Activation(
+            "softplus",
+            # logaddexp, unlike F.softplus, has no threshold beyond which it becomes the identity.
+            function=lambda a: torch.logaddexp(a, torch.zeros_like(a)),
+            derivative=torch.sigmoid,
+            slope=lambda h: -torch.expm1(-h),
+            inverse=lambda h: h + torch.log(-torch.expm1(-h)),
+        ),
+        Activation(
+            "tanh",
+            function=torch.tanh,
+            derivative=lambda a: 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a),
+            slope=lambda h: 1 - h * h,
+            inverse=torch.atanh,
+        ),
+        Activation(
+            "sigmoid",
+            function=torch.sigmoid,
+            derivative=lambda a: torch.sigmoid(a) * torch.sigmoid(-a),
+            slope=lambda h: h * (1 - h),
+            inverse=torch.logit,
+        ),
+        Activation(
+            "identity",
+            function=lambda a: a,
+            derivative=torch.ones_like,
+            slope=torch.ones_like,
+            inverse=lambda h: h,
+        ),
+    )
+}
+
+
+def find_activation(activation: str | Activation) -> Activation:
+    """The :class:`Activation` of that name, or the one given.
+
+    Raises:
+        ValueError: the name is not one of the monotone activations known here.
+        TypeError: ``activation`` is neither a string nor an :class:`Activation`.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if not isinstance(activation, str):
+        raise TypeError(
+            f"activation must be a name or an Activation, got {type(activation).__name__}"
+        )
+    if activation not in _KNOWN:
+        raise ValueError(
+            f"activation must be monotone and one of {sorted(_KNOWN)}, got {activation!r}; "
+            "any other monotone function can be given as an Activation"
+        )
+    return _KNOWN[activation]

@@ -1,0 +1,102 @@
+"""Every operation in plain PyTorch: the truth in tests and the path taken on a CPU.
+
+Shapes: B samples, C colours, K hidden units per colour, an image of H x W. Hidden channels are
+colour-major: unit k of colour c is channel ``c * K + k``.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mintnet_triton.kernels.activation import Activation
+
+
+class MintWeights(NamedTuple):
+    """Effective (masked, sign-corrected) weights of one Mint layer.
+
+    The ``centre`` entries are the diagonals of the three linear maps: the weights that join hidden
+    units of the same colour at the same pixel.
+    """
+
+    weight1: Tensor  # (C*K, C, k1, k1)
+    bias1: Tensor  # (C*K,)
+    weight2: Tensor  # (C*K, C*K, k2, k2)
+    bias2: Tensor  # (C*K,)
+    weight3: Tensor  # (C, C*K, k3, k3)
+    bias3: Tensor  # (C,)
+    centre1: Tensor  # (C, K), from the pixel to hidden unit j
+    centre2: Tensor  # (C, K, K), from hidden unit j (last) to i
+    centre3: Tensor  # (C, K), from hidden unit i to the pixel
+    t: Tensor  # (C, H, W), positive
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, colours: int, order: str, triangle: str
+) -> Tensor:
+    """Convolution with masked weights, skipping colours that the mask hides.
+
+    In channel order a colour sees only itself and those before it ("lower") or after it ("upper").
+    Up to four blocks of colours are convolved each with what they see: 2/3 of the dense work for
+    three blocks, 5/8 for four. Smaller blocks skip more but run slower.
+
+    Args:
+        x: (B, in_channels, H, W), colour-major, zero-padded here to the same size.
+        weight: (out_channels, in_channels, k, k), masked.
+        bias: (out_channels,) or None.
+        colours: C, a divisor of both channel counts.
+        order: ``"channel"``, or ``"pixel"``, where no colour is wholly hidden.
+        triangle: ``"lower"`` or ``"upper"``.
+    """
+    blocks = min(colours, 4) if order == "channel" else 1
+    if blocks == 1:
+        return F.conv2d(x, weight, bias, padding="same")
+    outputs, inputs = len(weight) // colours, weight.shape[1] // colours
+    results = []
+    for block in range(blocks):
+        first, last = colours * block // blocks, colours * (block + 1) // blocks
+        rows = slice(first * outputs, last * outputs)
+        seen = slice(0, last * inputs) if triangle == "lower" else slice(first * inputs, None)
+        own_bias = None if bias is None else bias[rows]
+        results.append(F.conv2d(x[:, seen], weight[rows, seen], own_bias, padding="same"))
+    return torch.cat(results, 1)
+
+
+def mint_map(
+    x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = t x + W3 h(W2 h(W1 x + b1) + b2) + b3`` (equation 4 of the paper).
+
+    Returns:
+        y (B, C, H, W), and both hidden layers h1, h2 (B, C*K, H, W).
+    """
+    h1 = activation.function(F.conv2d(x, weights.weight1, weights.bias1, padding="same"))
+    # Nearly all the work of a layer is in the middle convolution.
+    a2 = masked_conv2d(h1, weights.weight2, weights.bias2, x.shape[1], order, triangle)
+    h2 = activation.function(a2)
+    y = F.conv2d(h2, weights.weight3, weights.bias3, padding="same") + weights.t * x
+    return y, h1, h2
+
+
+def mint_layer(
+    x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
+) -> tuple[Tensor, Tensor]:
+    """The Mint layer and the diagonal of its Jacobian.
+
+    The diagonal follows the same calculus as the map (Proposition 1): it multiplies under
+    composition and adds under addition,
+    ``diag = t + sum_i D3_i h'(a2_i) sum_j D2_ij h'(a1_j) D1_j``, with D the centre weights. Its
+    middle product is a K x K matrix per colour, applied at every pixel.
+
+    Returns:
+        y and the diagonal, both (B, C, H, W), positive wherever t is.
+    """
+    y, h1, h2 = mint_map(x, weights, activation, order, triangle)
+    batch, colours, height, width = x.shape
+    per_colour = (batch, colours, h1.shape[1] // colours, height * width)
+    # The K x K matrix takes the outer two diagonals along, so the pixels need no product with them.
+    centres = weights.centre3.unsqueeze(2) * weights.centre2 * weights.centre1.unsqueeze(1)
+    through = torch.matmul(centres, activation.slope(h1).reshape(per_colour))
+    diagonal = (through * activation.slope(h2).reshape(per_colour)).sum(2)
+    return y, diagonal.view(x.shape) + weights.t

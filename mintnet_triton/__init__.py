@@ -1,0 +1,76 @@
+"""MintNet: invertible networks of masked convolutions.
+
+Song, Meng, Ermon: MintNet: Building Invertible Neural Networks with Masked Convolutions,
+NeurIPS 2019. ``forward`` maps data to latent and returns ``(y, log_det)``; ``inverse`` mirrors it.
+"""
+
+from mintnet_triton import calculus
+from mintnet_triton.calculus import (
+    Compose,
+    Elementwise,
+    MaskedAffine,
+    SingularJacobianError,
+    Sum,
+    TriangularMap,
+)
+from mintnet_triton.checkpoint import (
+    CheckpointError,
+    layer_from_authors,
+    load,
+    load_authors_checkpoint,
+    save,
+)
+from mintnet_triton.checks import NonFiniteError
+from mintnet_triton.classifier import MintClassifier
+from mintnet_triton.conv import MaskedConv2d
+from mintnet_triton.flow import MintNet
+from mintnet_triton.images import ImagePreprocess, bits_per_dim
+from mintnet_triton.inverse import (
+    FixedPoint,
+    InversionResult,
+    Invertible,
+    NotConvergedError,
+    invert,
+)
+from mintnet_triton.kernels import Activation, BackendError, use_backend
+from mintnet_triton.mint import MintLayer, MintPair, Squeeze
+from mintnet_triton.ordering import Ordering, OrderingError
+from mintnet_triton.verify import VerifyReport, verify
+from mintnet_triton.version import __version__
+
+__all__ = [
+    "Activation",
+    "BackendError",
+    "CheckpointError",
+    "Compose",
+    "Elementwise",
+    "FixedPoint",
+    "ImagePreprocess",
+    "InversionResult",
+    "Invertible",
+    "MaskedAffine",
+    "MaskedConv2d",
+    "MintClassifier",
+    "MintLayer",
+    "MintNet",
+    "MintPair",
+    "NonFiniteError",
+    "NotConvergedError",
+    "Ordering",
+    "OrderingError",
+    "SingularJacobianError",
+    "Squeeze",
+    "Sum",
+    "TriangularMap",
+    "VerifyReport",
+    "__version__",
+    "bits_per_dim",
+    "calculus",
+    "invert",
+    "layer_from_authors",
+    "load",
+    "load_authors_checkpoint",
+    "save",
+    "use_backend",
+    "verify",
+]

@@ -1,0 +1,272 @@
+"""The calculus of triangular maps (Proposition 1) and their determinants (Theorem 1).
+
+Affine maps with triangular matrices are triangular; so are sums and compositions of triangular
+maps. The diagonal of the Jacobian is linear under addition and multiplies under composition, hence
+whatever is built here knows its log-determinant, and Algorithm 1 inverts it on its range.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mintnet_triton.checks import check_odd
+from mintnet_triton.inverse import (
+    Evaluator,
+    FixedPoint,
+    Shape,
+    Solution,
+    Stage,
+    log_abs_det,
+    max_error,
+    relative_residual,
+)
+from mintnet_triton.kernels import Activation, find_activation
+from mintnet_triton.ordering import Ordering, common_ordering
+
+Scale = float | Tensor
+
+
+class SingularJacobianError(ValueError):
+    """The diagonal of a Jacobian has a zero: the map is not invertible there (Theorem 1)."""
+
+
+class TriangularMap(Stage):
+    """A map whose Jacobian is triangular in the order of ``ordering``.
+
+    ``ordering`` is None for a map that acts on each variable alone and so fits any order.
+    """
+
+    ordering: Ordering | None
+
+    def forward_and_diagonal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and the diagonal of the Jacobian at x, both shaped like x.
+
+        Raises:
+            TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+        """
+        self.check("x", x, self.input_shape)
+        return self.evaluator()(x)
+
+    def evaluator(self) -> Evaluator:
+        """x -> (y, diagonal), with all that depends on the parameters alone computed once."""
+        raise NotImplementedError
+
+    def start(self, z: Tensor) -> Tensor:
+        """Where Algorithm 1 starts to look for the x with f(x) = z."""
+        return z
+
+    def solve(
+        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        return solver.solve(self.evaluator(), z, self.start(z), trace=trace, reference=reference)
+
+    def solve_exactly(
+        self, z: Tensor, x: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        """The solution x, known in closed form, with the residual it really has."""
+        y, diagonal = self.evaluator()(x)
+        residual = relative_residual(y, z)
+        rows = solver.iterations
+        return Solution(
+            x,
+            -log_abs_det(diagonal),
+            residual,
+            torch.zeros(len(z), dtype=torch.int64, device=z.device),
+            residual.repeat(rows, 1) if trace else None,
+            max_error(x, reference).repeat(rows, 1) if trace and reference is not None else None,
+        )
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, diagonal = self.evaluator()(x)
+        zeros = diagonal.detach() == 0
+        if bool(zeros.any()):
+            raise SingularJacobianError(
+                f"{int(zeros.sum())} of {zeros.numel()} diagonal entries of the Jacobian of "
+                f"{type(self).__name__} are zero, the first at index "
+                f"{tuple(int(i) for i in zeros.nonzero()[0])}; Theorem 1 needs every one non-zero"
+            )
+        return y, log_abs_det(diagonal)
+
+
+class MaskedAffine(TriangularMap):
+    """``Wx + b`` with the entries of W that would break the order set to zero.
+
+    Args:
+        weight: (n, n) for vectors (B, n), or (C, C, k, k) with odd k for a convolution of images
+            (B, C, H, W), zero-padded to the same size. Raw: entries outside the triangle are
+            ignored.
+        bias: (n,) or (C,), or None.
+        ordering: order of the variables; for a vector, only its triangle matters.
+
+    Raises:
+        ValueError, TypeError: weight or bias of another shape or kind.
+    """
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, ordering: Ordering) -> None:
+        super().__init__()
+        square = weight.ndim in (2, 4) and weight.shape[0] == weight.shape[1]
+        if not square or (weight.ndim == 4 and weight.shape[2] != weight.shape[3]):
+            raise ValueError(
+                f"weight must have shape (n, n) or (C, C, k, k), got {tuple(weight.shape)}"
+            )
+        if not weight.dtype.is_floating_point:
+            raise TypeError(f"weight must be of a floating dtype, got {weight.dtype}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        if not isinstance(ordering, Ordering):
+            raise TypeError(f"ordering must be an Ordering, got {type(ordering).__name__}")
+        self.ordering = ordering
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        if weight.ndim == 2:
+            rank = ordering.rank(len(weight))
+            mask = rank[None, :] <= rank[:, None]
+        else:
+            check_odd("kernel_size", weight.shape[-1])
+            mask = ordering.conv_mask(weight.shape[0], weight.shape[-1])
+        self.register_buffer("mask", mask.to(weight.device), persistent=False)
+
+    @property
+    def input_shape(self) -> Shape:
+        return (len(self.weight),) if self.weight.ndim == 2 else (len(self.weight), None, None)
+
+    def evaluator(self) -> Evaluator:
+        weight = self.weight * self.mask
+        if weight.ndim == 2:
+            diagonal = weight.diagonal()
+            return lambda x: (F.linear(x, weight, self.bias), diagonal.expand_as(x))
+        centre = weight.shape[-1] // 2
+        diagonal = weight[:, :, centre, centre].diagonal()[:, None, None]
+        return lambda x: (
+            F.conv2d(x, weight, self.bias, padding="same"),
+            diagonal.expand_as(x),
+        )
+
+    def solve(
+        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        if self.weight.ndim == 4:
+            return super().solve(z, solver, trace=trace, reference=reference)
+        assert self.ordering is not None
+        shifted = z if self.bias is None else z - self.bias
+        x = torch.linalg.solve_triangular(
+            self.weight * self.mask, shifted.mT, upper=self.ordering.triangle == "upper"
+        ).mT
+        return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
+
+
+class Elementwise(TriangularMap):
+    """A monotone function h of each variable alone, on tensors of any shape (B, ...).
+
+    Args:
+        name: "elu", "leaky_relu", "softplus", "tanh", "sigmoid", "identity", or an
+            :class:`Activation`. The inverse is exact on the range of h.
+
+    Raises:
+        ValueError: not a known monotone function.
+    """
+
+    def __init__(self, name: str | Activation) -> None:
+        super().__init__()
+        self.ordering = None
+        self.activation = find_activation(name)
+
+    def evaluator(self) -> Evaluator:
+        return lambda x: (self.activation.function(x), self.activation.derivative(x))
+
+    def solve(
+        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        x = self.activation.inverse(z)
+        return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
+
+    def extra_repr(self) -> str:
+        return repr(self.activation.name)
+
+
+class Sum(TriangularMap):
+    """``lambda f1(x) + mu f2(x)``.
+
+    Args:
+        f1, f2: maps of the same ordering.
+        scales: lambda and mu; each a number, or a tensor that broadcasts against the images (a
+            diagonal matrix, as the t of a Mint layer is).
+
+    Raises:
+        OrderingError: f1 and f2 have different orderings.
+        TypeError: f1 or f2 is not of the calculus.
+    """
+
+    def __init__(
+        self, f1: TriangularMap, f2: TriangularMap, scales: tuple[Scale, Scale] = (1, 1)
+    ) -> None:
+        super().__init__()
+        self.ordering = _combined_ordering(f1=f1, f2=f2)
+        self.f1, self.f2 = f1, f2
+        if len(scales) != 2:
+            raise ValueError(f"scales must be (lambda, mu), got {scales!r}")
+        for name, scale in zip(("lambda_", "mu"), scales, strict=True):
+            self.register_buffer(name, torch.as_tensor(scale), persistent=False)
+
+    @property
+    def input_shape(self) -> Shape | None:
+        return self.f1.input_shape or self.f2.input_shape
+
+    def evaluator(self) -> Evaluator:
+        first, second = self.f1.evaluator(), self.f2.evaluator()
+
+        def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+            y1, diagonal1 = first(x)
+            y2, diagonal2 = second(x)
+            lambda_, mu = self.get_buffer("lambda_"), self.get_buffer("mu")
+            return lambda_ * y1 + mu * y2, lambda_ * diagonal1 + mu * diagonal2
+
+        return evaluate
+
+
+class Compose(TriangularMap):
+    """``f2(f1(x))``. It is inverted factor by factor, f2 first.
+
+    Args:
+        f2: applied last.
+        f1: applied first; of the same ordering.
+
+    Raises:
+        OrderingError: f1 and f2 have different orderings.
+        TypeError: f1 or f2 is not of the calculus.
+    """
+
+    def __init__(self, f2: TriangularMap, f1: TriangularMap) -> None:
+        super().__init__()
+        self.ordering = _combined_ordering(f1=f1, f2=f2)
+        self.f2, self.f1 = f2, f1
+
+    @property
+    def input_shape(self) -> Shape | None:
+        return self.f1.input_shape or self.f2.input_shape
+
+    def stages(self) -> Iterator[tuple[str, Stage]]:
+        for name, factor in (("f1", self.f1), ("f2", self.f2)):
+            for inner, stage in factor.stages():
+                yield (f"{name}.{inner}" if inner else name), stage
+
+    def evaluator(self) -> Evaluator:
+        first, second = self.f1.evaluator(), self.f2.evaluator()
+
+        def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+            middle, diagonal1 = first(x)
+            y, diagonal2 = second(middle)
+            return y, diagonal2 * diagonal1
+
+        return evaluate
+
+
+def _combined_ordering(**maps: TriangularMap) -> Ordering | None:
+    for name, map_ in maps.items():
+        if not isinstance(map_, TriangularMap):
+            raise TypeError(f"{name} must be a TriangularMap, got {type(map_).__name__}")
+    return common_ordering(*(map_.ordering for map_ in maps.values()))

@@ -1,0 +1,208 @@
+"""MintNet: Mint pairs at several scales, as a normalizing flow."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mintnet_triton.checks import as_kernel_sizes, as_size, check_finite, check_integer
+from mintnet_triton.inverse import Chain, Invertible, Shape, log_det_dtype
+from mintnet_triton.kernels import Activation
+from mintnet_triton.mint import MintPair, Squeeze
+from mintnet_triton.ordering import Order
+from mintnet_triton.presets import load_preset
+
+
+def squeeze_positions(pairs: int, squeezes: int) -> list[int]:
+    """Indices of the pairs that a squeeze precedes: ``i * (pairs // (squeezes + 1))``.
+
+    Raises:
+        TypeError, ValueError: pairs below 1, squeezes below 0, or pairs not above squeezes.
+    """
+    check_integer("pairs", pairs, least=1)
+    check_integer("squeezes", squeezes, least=0)
+    if pairs <= squeezes:
+        raise ValueError(f"pairs must be more than squeezes={squeezes}, got {pairs}")
+    return [pairs // (squeezes + 1) * (i + 1) for i in range(squeezes)]
+
+
+def squeezed(size: tuple[int, int], squeezes: int) -> tuple[int, int]:
+    """(H, W) after that many squeezes.
+
+    Raises:
+        ValueError: H or W does not divide by 2 that often.
+    """
+    factor = 2**squeezes
+    if size[0] % factor or size[1] % factor:
+        raise ValueError(
+            f"image_size must divide by {factor} for squeezes={squeezes}, got {size[0]} x {size[1]}"
+        )
+    return size[0] // factor, size[1] // factor
+
+
+class MintNet(Chain):
+    """A flow of Mint pairs with a standard normal latent; images come in logit space.
+
+    ``flow(x)`` maps data to latent and returns ``(z, log_det)``; z has the shape of the last scale
+    (``latent_shape``). Images themselves are another map, :class:`ImagePreprocess`.
+
+    Args:
+        channels: of an image.
+        image_size: (H, W), or one integer for both.
+        pairs: number of Mint pairs.
+        hidden: hidden units K per colour at the first scale; divided by 4 at each squeeze.
+        squeezes: number of squeezes, evenly spread; 2 in the paper's models.
+        order: "channel" or "pixel".
+        kernel_size: odd, or three odd sizes.
+        activation: name of a monotone function, or an :class:`Activation`.
+        zero_init_start: pairs after the one of this index start near the identity (weights of
+            deviation 1e-5, no bias). None, the default, starts all pairs alike, as the published
+            models were trained.
+
+    Raises:
+        ValueError, TypeError: an argument outside its range, a size that does not divide, hidden
+            units used up by the squeezes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        image_size: int | Sequence[int],
+        pairs: int,
+        hidden: int,
+        squeezes: int = 2,
+        order: Order = "channel",
+        kernel_size: int | Sequence[int] = 3,
+        activation: str | Activation = "elu",
+        zero_init_start: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("channels", channels, least=1)
+        check_integer("hidden", hidden, least=1)
+        size = as_size("image_size", image_size)
+        positions = squeeze_positions(pairs, squeezes)
+        squeezed(size, squeezes)
+        if hidden // 4**squeezes == 0:
+            raise ValueError(
+                f"hidden must be at least {4**squeezes}, for it is divided by 4 at each of "
+                f"{squeezes} squeezes, got {hidden}"
+            )
+        #: what the constructor was called with, for :func:`mintnet_triton.save`
+        self.arguments: dict[str, Any] = {
+            "channels": channels,
+            "image_size": size,
+            "pairs": pairs,
+            "hidden": hidden,
+            "squeezes": squeezes,
+            "order": order,
+            "kernel_size": as_kernel_sizes(kernel_size),
+            "activation": activation,
+            "zero_init_start": zero_init_start,
+        }
+        self.image_shape = (channels, *size)
+        self.layers = nn.ModuleList()
+        for pair in range(pairs):
+            if pair in positions:
+                self.layers.append(Squeeze())
+                channels, size, hidden = channels * 4, squeezed(size, 1), hidden // 4
+            near_identity = zero_init_start is not None and pair > zero_init_start
+            self.layers.append(
+                MintPair(
+                    channels,
+                    size,
+                    hidden,
+                    order=order,
+                    kernel_size=kernel_size,
+                    activation=activation,
+                    initialisation="near_identity" if near_identity else "density",
+                )
+            )
+        self.latent_shape = (channels, *size)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """A model of the paper.
+
+        Args:
+            name: "mnist", "cifar10" or "imagenet32".
+            changes: constructor arguments to use instead of the preset's.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        data = load_preset(name, "data")
+        arguments = {key: data[key] for key in ("channels", "image_size")}
+        return cls(**{**arguments, **load_preset(name, "density"), **changes})
+
+    @property
+    def input_shape(self) -> Shape:
+        return self.image_shape
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.latent_shape
+
+    def steps(self) -> Iterable[tuple[str, Invertible]]:
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Invertible)
+            yield f"layers.{index}", layer
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density at x (B, C, H, W) in nats, (B,); float64 for float64 input, else float32.
+
+        Raises:
+            TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+        """
+        if isinstance(x, Tensor):
+            check_finite("x", x)
+        z: Tensor
+        log_det: Tensor
+        z, log_det = self(x)
+        return _standard_normal_log_prob(z) + log_det
+
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw n samples x (n, C, H, W) in logit space.
+
+        Args:
+            n: how many.
+            generator: source of randomness; the default one of the device if None.
+            temperature: standard deviation of the latents.
+
+        Raises:
+            NotConvergedError: the inverse of some sample did not converge.
+            ValueError, TypeError: an argument outside its range.
+        """
+        return self.inverse(self._latents(n, generator, temperature))[0]
+
+    def sample_and_log_prob(
+        self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Samples as :meth:`sample` draws them, and their ``log_prob`` (n,) under the flow.
+
+        Raises:
+            NotConvergedError: the inverse of some sample did not converge.
+            ValueError, TypeError: an argument outside its range.
+        """
+        z = self._latents(n, generator, temperature)
+        x, log_det = self.inverse(z)
+        return x, _standard_normal_log_prob(z) - log_det
+
+    def _latents(self, n: int, generator: torch.Generator | None, temperature: float) -> Tensor:
+        check_integer("n", n, least=0)
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+        like = next(self.parameters())
+        dtype = log_det_dtype(like)
+        return temperature * torch.randn(
+            n, *self.latent_shape, generator=generator, device=like.device, dtype=dtype
+        )
+
+
+def _standard_normal_log_prob(z: Tensor) -> Tensor:
+    """Log-density of N(0, I) at z (B, ...), (B,)."""
+    z = z.flatten(1).to(log_det_dtype(z))
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))

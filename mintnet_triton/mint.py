@@ -1,0 +1,220 @@
+"""The Mint layer, its pairs, and the squeeze between scales (section 3 of the paper)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mintnet_triton.calculus import TriangularMap
+from mintnet_triton.checks import as_kernel_sizes, as_size, check_positive
+from mintnet_triton.conv import MaskedConv2d
+from mintnet_triton.inverse import (
+    Chain,
+    Evaluator,
+    FixedPoint,
+    Invertible,
+    Reshaping,
+    Shape,
+    Solution,
+    log_abs_det,
+    log_det_dtype,
+)
+from mintnet_triton.kernels import (
+    Activation,
+    MintWeights,
+    find_activation,
+    mint_layer,
+    mint_map,
+)
+from mintnet_triton.ordering import Order, Ordering, Triangle
+
+Initialisation = Literal["density", "classifier", "near_identity"]
+
+
+class MintLayer(TriangularMap):
+    """``m(x) = t x + sum_i W3_i h(sum_j W2_ij h(W1_j x + b1_j) + b2_ij) + b3_i`` (equation 4).
+
+    W1, W2, W3 are masked convolutions, h is monotone, and t > 0 has one value per variable. The
+    centre weights of W2 take the sign of those of W3 and W1, so that
+    ``diag(W3_i) diag(W2_ij) diag(W1_j) >= 0`` for every i, j, and the diagonal of the Jacobian is
+    at least t.
+
+    Parameters are raw, as the authors' are: ``t_eff = max(|t|, 1e-12)``; a centre weight of W2 is
+    used as ``sign(W3_i) sign(W1_j) |W2_ij|``, with sign(0) = 0.
+
+    Args:
+        channels: number of colours C.
+        size: (H, W), or one integer for both.
+        hidden: hidden units K per colour.
+        triangle: ``"lower"`` or ``"upper"``.
+        order: ``"channel"`` or ``"pixel"``.
+        kernel_size: odd, one for all three convolutions or three.
+        activation: name of a monotone function, or an :class:`Activation`; "elu" by default.
+        initialisation: ``"density"``, the paper's flows: Xavier normal with gain 0.005;
+            ``"classifier"``, the paper's classifiers: as ``nn.Conv2d``; both with biases uniform in
+            ±1 / sqrt(fan in). ``"near_identity"``: weights normal with deviation 1e-5, no bias.
+            t starts at 1.
+
+    Raises:
+        ValueError, TypeError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int | Sequence[int],
+        hidden: int,
+        triangle: Triangle = "lower",
+        order: Order = "channel",
+        kernel_size: int | Sequence[int] = 3,
+        activation: str | Activation = "elu",
+        initialisation: Initialisation = "density",
+    ) -> None:
+        super().__init__()
+        check_positive(channels=channels, hidden=hidden)
+        self.channels, self.size, self.hidden = channels, as_size("size", size), hidden
+        self.ordering = Ordering(order, triangle)
+        self.activation = find_activation(activation)
+        widths = (channels, channels * hidden, channels * hidden, channels)
+        self.conv1, self.conv2, self.conv3 = (
+            MaskedConv2d(inputs, outputs, side, colours=channels, triangle=triangle, order=order)
+            for inputs, outputs, side in zip(
+                widths, widths[1:], as_kernel_sizes(kernel_size), strict=False
+            )
+        )
+        self.t = nn.Parameter(torch.ones(channels, *self.size))
+        self._initialise(initialisation)
+
+    def _initialise(self, initialisation: Initialisation) -> None:
+        if initialisation not in ("density", "classifier", "near_identity"):
+            raise ValueError(
+                "initialisation must be 'density', 'classifier' or 'near_identity', "
+                f"got {initialisation!r}"
+            )
+        for conv in (self.conv1, self.conv2, self.conv3):
+            if initialisation == "density":
+                nn.init.xavier_normal_(conv.weight, gain=0.005)
+            elif initialisation == "near_identity":
+                nn.init.normal_(conv.weight, std=1e-5)
+                nn.init.zeros_(cast(Tensor, conv.bias))
+
+    @property
+    def input_shape(self) -> Shape:
+        return (self.channels, *self.size)
+
+    @property
+    def _structure(self) -> tuple[Order, Triangle]:
+        return self.conv1.ordering.order, self.conv1.ordering.triangle
+
+    def effective_weights(self) -> MintWeights:
+        """Masked, sign-corrected weights, computed from the parameters at each call."""
+        weight1, weight2, weight3 = (
+            conv.masked_weight() for conv in (self.conv1, self.conv2, self.conv3)
+        )
+        centre1 = self.conv1.centre(weight1).squeeze(2)
+        centre2 = self.conv2.centre(weight2)
+        centre3 = self.conv3.centre(weight3).squeeze(1)
+        # |w| = sign(w) w, with the derivative that abs has; in place, for weight2 is new.
+        centre2.mul_(
+            centre3.detach().sign().unsqueeze(2)
+            * centre1.detach().sign().unsqueeze(1)
+            * centre2.detach().sign()
+        )
+        return MintWeights(
+            weight1,
+            cast(Tensor, self.conv1.bias),
+            weight2,
+            cast(Tensor, self.conv2.bias),
+            weight3,
+            cast(Tensor, self.conv3.bias),
+            centre1,
+            centre2,
+            centre3,
+            self.t.abs().clamp(min=1e-12),
+        )
+
+    def evaluator(self) -> Evaluator:
+        weights = self.effective_weights()
+        return lambda x: mint_layer(x, weights, self.activation, *self._structure)
+
+    def start(self, z: Tensor) -> Tensor:
+        return z / self.t.abs().clamp(min=1e-12)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, diagonal = self.evaluator()(x)
+        return y, log_abs_det(diagonal)  # t > 0 keeps it from zero
+
+    def transform(self, x: Tensor) -> Tensor:
+        """y alone, for use where the determinant is not wanted (a classifier).
+
+        Raises:
+            TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+        """
+        self.check("x", x, self.input_shape)
+        return mint_map(x, self.effective_weights(), self.activation, *self._structure)[0]
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, size={self.size}, hidden={self.hidden}, "
+            f"activation={self.activation.name!r}"
+        )
+
+
+class MintPair(Chain, nn.Sequential):
+    """A lower- and then an upper-triangular Mint layer, so that no blind spot remains.
+
+    Takes the arguments of :class:`MintLayer` but ``triangle``; ``pair[0]`` and ``pair[1]`` are the
+    layers.
+    """
+
+    def __init__(self, channels: int, size: int | Sequence[int], hidden: int, **layer: Any) -> None:
+        super().__init__()
+        for triangle in ("lower", "upper"):
+            self.append(MintLayer(channels, size, hidden, triangle=triangle, **layer))
+
+    @property
+    def input_shape(self) -> Shape | None:
+        return cast(MintLayer, self[0]).input_shape
+
+    def steps(self) -> Iterable[tuple[str, Invertible]]:
+        return cast(Iterator[tuple[str, Invertible]], self.named_children())
+
+
+class Squeeze(Reshaping):
+    """Trade resolution for channels: (B, C, H, W) -> (B, 4C, H/2, W/2).
+
+    Channel order of the result is (dy, dx, c).
+
+    Raises:
+        ValueError: at a call, if H or W (or, inverting, C) does not divide.
+    """
+
+    @property
+    def input_shape(self) -> Shape:
+        return (None, None, None)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        batch, colours, height, width = x.shape
+        if height % 2 or width % 2:
+            raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
+        # pixel_unshuffle orders channels (c, dy, dx).
+        half = (height // 2, width // 2)
+        y = F.pixel_unshuffle(x, 2).reshape(batch, colours, 4, *half).transpose(1, 2)
+        return y.reshape(batch, 4 * colours, *half), _no_log_det(x)
+
+    def solve(
+        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        batch, channels, height, width = z.shape
+        if channels % 4:
+            raise ValueError(f"y must have a multiple of 4 channels, got {tuple(z.shape)}")
+        by_tap = z.reshape(batch, 4, channels // 4, height, width).transpose(1, 2)
+        x = F.pixel_shuffle(by_tap.reshape(z.shape), 2)
+        steps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        return Solution(x, _no_log_det(z), z.new_zeros(len(z)), steps)
+
+
+def _no_log_det(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x), dtype=log_det_dtype(x))

@@ -1,0 +1,25 @@
+"""The models of the paper, one TOML file a data set."""
+
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+
+def load_preset(name: str, section: str) -> dict[str, Any]:
+    """One section ("data", "density" or "classifier") of a preset.
+
+    Raises:
+        ValueError: no such preset, or it lacks the section.
+    """
+    folder = files(__name__)
+    names = sorted(
+        entry.name.removesuffix(".toml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    )
+    if name not in names:
+        raise ValueError(f"name must be one of the presets {names}, got {name!r}")
+    preset = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
+    if section not in preset:
+        raise ValueError(f"preset {name!r} has no {section} model, only {sorted(preset)}")
+    return dict(preset[section])

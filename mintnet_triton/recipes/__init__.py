@@ -1,0 +1,1 @@
+"""Recipes: real data, training, figures, and the command line."""

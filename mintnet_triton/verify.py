@@ -1,0 +1,122 @@
+"""Does a model do what it says? Triangularity, log-determinant and round trip, checked."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mintnet_triton.calculus import TriangularMap
+from mintnet_triton.inverse import Invertible, invert, max_error
+from mintnet_triton.ordering import Ordering
+
+LOG_DET_TOLERANCE = 1e-9  # relative, in float64
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One triangular layer, in float64, the worst over the samples."""
+
+    name: str
+    above_diagonal: float  #: largest |entry| of the Jacobian that must be zero
+    log_det_error: float  #: |log_det - slogdet of autograd's Jacobian| / max(1, |log_det|)
+
+    @property
+    def ok(self) -> bool:
+        return self.above_diagonal == 0 and self.log_det_error <= LOG_DET_TOLERANCE
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found; ``print`` it, or ask ``ok``."""
+
+    layers: tuple[LayerReport, ...]
+    converged: Tensor  #: (B,), bool, of the round trip in the model's own dtype
+    residual: Tensor  #: (B,)
+    round_trip_error: Tensor  #: (B,), max |x - inverse(forward(x))|
+    log_det_mismatch: Tensor  #: (B,), |log_det + log_det of the inverse|
+
+    @property
+    def ok(self) -> bool:
+        """Every layer triangular with the right log-det, every sample inverted."""
+        return all(layer.ok for layer in self.layers) and bool(self.converged.all())
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers) if self.layers else 5
+        lines = [f"{'layer':<{width}}  above diagonal  log-det error"]
+        lines += [
+            f"{layer.name:<{width}}  {layer.above_diagonal:14.1e}  {layer.log_det_error:13.1e}"
+            f"{'' if layer.ok else '  WRONG'}"
+            for layer in self.layers
+        ]
+        lines.append(
+            f"round trip: {int(self.converged.sum())} of {len(self.converged)} samples converged, "
+            f"residual {_largest(self.residual):.1e}, error {_largest(self.round_trip_error):.1e}, "
+            f"log-det mismatch {_largest(self.log_det_mismatch):.1e}"
+        )
+        lines.append("verified" if self.ok else "NOT verified")
+        return "\n".join(lines)
+
+
+def verify(model: Invertible, x: Tensor) -> VerifyReport:
+    """Check a layer, a pair, a network or anything of the calculus at x.
+
+    In float64, for every triangular layer at the input that it gets: autograd's Jacobian must be
+    exactly triangular in the layer's order, and its ``slogdet`` the layer's log-det. In the model's
+    own dtype: the default solver must bring ``model(x)`` back.
+
+    A Jacobian of D variables takes D backward passes a sample: give few samples.
+
+    Args:
+        model: what to check; it is not changed.
+        x: (B, ...), inputs of the model.
+
+    Raises:
+        TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+    """
+    if not isinstance(model, Invertible):
+        raise TypeError(f"model must be an Invertible, got {type(model).__name__}")
+    with torch.no_grad():
+        y, log_det = model(x)
+    result = invert(model, y)
+
+    exact = copy.deepcopy(model).double()
+    stages = [("", exact)] if isinstance(exact, TriangularMap) else list(exact.stages())
+    point = x.detach().double()
+    reports = []
+    for name, stage in stages:
+        if isinstance(stage, TriangularMap):
+            reports.append(_verify_layer(name or type(stage).__name__, stage, point))
+        with torch.no_grad():
+            point, _ = stage(point)
+    return VerifyReport(
+        layers=tuple(reports),
+        converged=result.converged,
+        residual=result.residual,
+        round_trip_error=max_error(result.x, x.detach()),
+        log_det_mismatch=(log_det + result.log_det).abs(),
+    )
+
+
+def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
+    shape = x.shape[1:]
+    lower: Ordering = layer.ordering or Ordering()
+    # A map that fits any order must be triangular both ways.
+    orderings = [layer.ordering] if layer.ordering else [lower, Ordering(triangle="upper")]
+    evaluate = layer.evaluator()
+    with torch.no_grad():
+        log_dets = layer(x)[1]
+    above = error = 0.0
+    for sample, log_det in zip(x, log_dets, strict=True):
+        jacobian = torch.func.jacrev(lambda v: evaluate(v[None])[0][0], chunk_size=64)(sample)
+        jacobian = jacobian.detach().reshape(shape.numel(), shape.numel())
+        for ordering in orderings:
+            order = ordering.rank(*shape).flatten().argsort().to(x.device)
+            above = max(above, float(jacobian[order][:, order].triu(1).abs().max()))
+        exact = torch.linalg.slogdet(jacobian)[1]
+        error = max(error, float((log_det - exact).abs() / exact.abs().clamp(min=1)))
+    return LayerReport(name, above, error)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if len(values) else 0.0

@@ -158,6 +158,9 @@ def bits_per_dim(
         TypeError, ValueError: as :class:`ImagePreprocess` and ``flow.log_prob``.
     """
     preprocess = ImagePreprocess(levels, logit_lambda)
-    x, log_det = preprocess(images, generator, next(flow.parameters()).dtype)
-    bits: Tensor = -(flow.log_prob(x) + log_det) / (math.log(2) * images.shape[1:].numel())
+    like = next(flow.parameters())
+    x, log_det = preprocess(images, generator, log_det_dtype(like))
+    bits: Tensor = -(flow.log_prob(x.to(like.dtype)) + log_det) / (
+        math.log(2) * images.shape[1:].numel()
+    )
     return bits

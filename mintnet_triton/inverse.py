@@ -89,6 +89,10 @@ class Stage(Invertible):
         raise NotImplementedError
 
 
+class Reshaping(Stage):
+    """A stage that only moves values: its inverse is exact and its log-det 0."""
+
+
 class Chain(Invertible):
     """Invertible maps one after the other."""
 
@@ -329,61 +333,47 @@ def invert(
                 references[index] = point
                 point, _ = stage(point)
 
+        solved: list[tuple[str, Solution]] = []
         x = z
         log_det = z.new_zeros(len(z))
-        names: list[str] = []
-        solutions: list[Solution] = []
-        finite = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        converged: list[Tensor] = []
-        tolerance = solver.tolerance_for(z.dtype)
         for (name, stage), known in zip(reversed(stages), reversed(references), strict=True):
             solution = stage.solve(x, solver, trace=trace, reference=known)
             x = solution.x
             log_det = log_det + solution.log_det
-            finite = x.isfinite().flatten(1).all(1)
-            if isinstance(stage, Reshaping):
-                continue
-            names.append(name or type(stage).__name__)
-            solutions.append(solution)
-            converged.append(finite & (solution.residual <= tolerance))
-    return _collect(x, log_det, names, solutions, converged, tolerance)
-
-
-class Reshaping(Stage):
-    """A stage that only moves values: its inverse is exact and its log-det 0."""
+            if not isinstance(stage, Reshaping):
+                solved.insert(0, (name or type(stage).__name__, solution))
+    return _collect(x, log_det, solved, solver.tolerance_for(z.dtype))
 
 
 def _collect(
-    x: Tensor,
-    log_det: Tensor,
-    names: list[str],
-    solutions: list[Solution],
-    converged: list[Tensor],
-    tolerance: float,
+    x: Tensor, log_det: Tensor, solved: list[tuple[str, Solution]], tolerance: float
 ) -> InversionResult:
-    """Join the layers' solutions, given from the last layer to the first."""
-    solutions = solutions[::-1]
-    batch = len(x)
-    residuals = x.new_zeros(len(solutions), batch)
-    flags = torch.ones(len(solutions), batch, dtype=torch.bool, device=x.device)
-    residual = x.new_zeros(batch)
-    iterations = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    for index, solution in enumerate(solutions):
-        residuals[index] = solution.residual
-        flags[index] = converged[-1 - index]
-        residual = torch.maximum(residual, solution.residual)  # keeps a NaN
-        iterations = torch.maximum(iterations, solution.iterations)
+    """Join the solutions of the layers; there may be none."""
+    solutions = [solution for _, solution in solved]
+    none = x.new_zeros(0, len(x))
+    residuals = torch.cat([none, *(solution.residual[None] for solution in solutions)])
+    iterations = torch.cat([none.long(), *(solution.iterations[None] for solution in solutions)])
+    converged = torch.cat(
+        [
+            none.bool(),
+            *(
+                (solution.x.isfinite().flatten(1).all(1) & (solution.residual <= tolerance))[None]
+                for solution in solutions
+            ),
+        ]
+    )
     traces = [solution.trace for solution in solutions if solution.trace is not None]
     errors = [solution.error_trace for solution in solutions if solution.error_trace is not None]
     return InversionResult(
         x=x,
         log_det=log_det,
-        residual=residual,
-        iterations=iterations,
-        converged=flags.all(0) & x.isfinite().flatten(1).all(1),
-        layers=tuple(reversed(names)),
+        # A row of zeros for the case of no layers; amax keeps a NaN.
+        residual=torch.cat([x.new_zeros(1, len(x)), residuals]).amax(0),
+        iterations=torch.cat([iterations.new_zeros(1, len(x)), iterations]).amax(0),
+        converged=converged.all(0),
+        layers=tuple(name for name, _ in solved),
         layer_residuals=residuals,
-        layer_converged=flags,
+        layer_converged=converged,
         tolerance=tolerance,
         trace=traces or None,
         error_trace=errors or None,

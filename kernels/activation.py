@@ -6,6 +6,7 @@ layer keeps its activations and never its pre-activations.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,17 @@ class Activation:
                 f"activation {self.name!r} is not monotone: its derivative at {grid[worst]:.2f} is "
                 f"{slopes[worst]:.3g}, and a Mint layer needs h' >= 0 everywhere"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if _KNOWN.get(self.name) is self:  # by name, for the functions have none of their own
+            return find_activation, (self.name,)
+        return Activation, (
+            self.name,
+            self.function,
+            self.derivative,
+            self.slope,
+            self.inverse,
+        )
 
 
 def _leaky_slope(a: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -193,3 +194,13 @@ def test_bad_calls() -> None:
     x[0, 0, 3, 3] = math.inf
     with pytest.raises(mint.NonFiniteError, match=r"0 NaN and 1 infinite values.*\(0, 0, 3, 3\)"):
         flow(x)
+
+
+def test_compiles_whole_and_pickles() -> None:
+    flow = small_flow()
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    expected = flow(x)
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    for other in (compiled, pickle.loads(pickle.dumps(flow))):
+        for one, two in zip(other(x), expected, strict=True):
+            torch.testing.assert_close(one, two)

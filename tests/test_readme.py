@@ -1,0 +1,20 @@
+"""The README's Python runs, from top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    result = names["result"]
+    assert bool(result.converged.all())  # type: ignore[attr-defined]
+    assert (tmp_path / "flow.safetensors").exists()

@@ -96,7 +96,7 @@ class MaskedAffine(TriangularMap):
     Args:
         weight: (n, n) for vectors (B, n), or (C, C, k, k) with odd k for a convolution of images
             (B, C, H, W), zero-padded to the same size. Raw: entries outside the triangle are
-            ignored.
+            ignored. Weight and bias are copied into parameters.
         bias: (n,) or (C,), or None.
         ordering: order of the variables; for a vector, only its triangle matters.
 
@@ -194,12 +194,15 @@ class Sum(TriangularMap):
     Args:
         f1, f2: maps of the same ordering.
         scales: lambda and mu; each a number, or a tensor that broadcasts against the images (a
-            diagonal matrix, as the t of a Mint layer is).
+            diagonal matrix, as the t of a Mint layer is), which is learnt if it is a parameter.
 
     Raises:
         OrderingError: f1 and f2 have different orderings.
         TypeError: f1 or f2 is not of the calculus.
     """
+
+    lambda_: Tensor
+    mu: Tensor
 
     def __init__(
         self, f1: TriangularMap, f2: TriangularMap, scales: tuple[Scale, Scale] = (1, 1)
@@ -210,7 +213,14 @@ class Sum(TriangularMap):
         if len(scales) != 2:
             raise ValueError(f"scales must be (lambda, mu), got {scales!r}")
         for name, scale in zip(("lambda_", "mu"), scales, strict=True):
-            self.register_buffer(name, torch.as_tensor(scale), persistent=False)
+            if isinstance(scale, nn.Parameter):
+                self.register_parameter(name, scale)
+            else:
+                # A number in float64: a float32 one would round it for float64 inputs.
+                value = (
+                    scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+                )
+                self.register_buffer(name, value, persistent=False)
 
     @property
     def input_shape(self) -> Shape | None:
@@ -222,8 +232,8 @@ class Sum(TriangularMap):
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
             y1, diagonal1 = first(x)
             y2, diagonal2 = second(x)
-            lambda_, mu = self.get_buffer("lambda_"), self.get_buffer("mu")
-            return lambda_ * y1 + mu * y2, lambda_ * diagonal1 + mu * diagonal2
+            y = self.lambda_ * y1 + self.mu * y2
+            return y, self.lambda_ * diagonal1 + self.mu * diagonal2
 
         return evaluate
 

@@ -241,3 +241,15 @@ def test_bad_arguments() -> None:
         Elementwise("silu")
     with pytest.raises(ValueError, match="dimension 1 is 4, expected 3"):
         MaskedAffine(torch.randn(3, 3), None, ordering)(torch.randn(2, 4))
+
+
+def test_scales_are_exact_and_may_be_learnt() -> None:
+    x = torch.ones(1, 2, dtype=torch.float64)
+    identity = Elementwise("identity")
+    y, _ = Sum(identity, identity, scales=(0.1, 0.2))(x)
+    assert float(y[0, 0]) == pytest.approx(0.3, rel=1e-15)
+    t = torch.nn.Parameter(torch.tensor([2.0, 3.0], dtype=torch.float64))
+    layer = Sum(identity, Elementwise("tanh"), scales=(t, 1))
+    layer(x)[1].sum().backward()
+    slope = 1 - torch.tanh(x[0]) ** 2
+    torch.testing.assert_close(t.grad, 1 / (t.detach() + slope))

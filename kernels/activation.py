@@ -23,27 +23,45 @@ class Activation:
         name: how messages and checkpoints call it.
         function: a -> h(a).
         derivative: a -> h'(a), exact also where h saturates.
-        slope: h(a) -> h'(a), from the output alone; accurate to rounding of the *output*.
-        inverse: h(a) -> a; NaN or infinite outside the range of h.
+        slope: h(a) -> h'(a), from the output alone; accurate to rounding of the *output*. A Mint
+            layer needs it.
+        inverse: h(a) -> a; NaN or infinite outside the range of h. None leaves it to Algorithm 1.
 
     Raises:
-        ValueError: the derivative is negative somewhere on [-30, 30].
+        ValueError: on [-30, 30], the derivative is negative or not that of the function, or the
+            slope is not the derivative.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor] | None = None
+    inverse: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        grid = torch.linspace(-30, 30, 6001, dtype=torch.float64, device="cpu")
+        # An even number of points: 0, where a kink may be, is not among them.
+        grid = torch.linspace(-30, 30, 6000, dtype=torch.float64, device="cpu")
         slopes = self.derivative(grid)
         if not bool((slopes >= 0).all()):
             worst = int(slopes.nan_to_num(nan=-torch.inf).argmin())
             raise ValueError(
                 f"activation {self.name!r} is not monotone: its derivative at {grid[worst]:.2f} is "
                 f"{slopes[worst]:.3g}, and a Mint layer needs h' >= 0 everywhere"
+            )
+        with torch.enable_grad():
+            a = grid.clone().requires_grad_()
+            h = self.function(a)
+            (exact,) = torch.autograd.grad(h.sum(), a)
+        self._compare("derivative", slopes, exact)
+        if self.slope is not None:
+            self._compare("slope", self.slope(h.detach()), exact)
+
+    def _compare(self, name: str, computed: Tensor, exact: Tensor) -> None:
+        error = (computed - exact).abs() / exact.abs().clamp(min=1)
+        if not bool((error <= 1e-6).all()):
+            raise ValueError(
+                f"activation {self.name!r}: its {name} differs from the derivative of its function "
+                f"by up to {float(error.max()):.3g}"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ class MintWeights(NamedTuple):
     centre1: Tensor  # (C, K), from the pixel to hidden unit j
     centre2: Tensor  # (C, K, K), from hidden unit j (last) to i
     centre3: Tensor  # (C, K), from hidden unit i to the pixel
-    t: Tensor  # (C, H, W), positive
+    t: Tensor  # (C, H, W), positive, at least float32
 
 
 def masked_conv2d(
@@ -69,14 +69,14 @@ def mint_map(
     """``y = t x + W3 h(W2 h(W1 x + b1) + b2) + b3`` (equation 4 of the paper).
 
     Returns:
-        y (B, C, H, W), and both hidden layers h1, h2 (B, C*K, H, W).
+        y (B, C, H, W) in the dtype of x, and both hidden layers h1, h2 (B, C*K, H, W).
     """
     h1 = activation.function(F.conv2d(x, weights.weight1, weights.bias1, padding="same"))
     # Nearly all the work of a layer is in the middle convolution.
     a2 = masked_conv2d(h1, weights.weight2, weights.bias2, x.shape[1], order, triangle)
     h2 = activation.function(a2)
     y = F.conv2d(h2, weights.weight3, weights.bias3, padding="same") + weights.t * x
-    return y, h1, h2
+    return y.to(x.dtype), h1, h2
 
 
 def mint_layer(
@@ -90,8 +90,10 @@ def mint_layer(
     middle product is a K x K matrix per colour, applied at every pixel.
 
     Returns:
-        y and the diagonal, both (B, C, H, W), positive wherever t is.
+        y in the dtype of x, and the diagonal in that of t; both (B, C, H, W). The diagonal is
+        positive.
     """
+    assert activation.slope is not None
     y, h1, h2 = mint_map(x, weights, activation, order, triangle)
     batch, colours, height, width = x.shape
     per_colour = (batch, colours, h1.shape[1] // colours, height * width)

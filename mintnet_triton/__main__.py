@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"cannot write to {options.out}: {error}", file=sys.stderr)
         return 1
+    except ArithmeticError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0 if verified else 1
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mintnet_triton.checks import check_odd
+from mintnet_triton.checks import check_odd, is_traced
 from mintnet_triton.inverse import (
     Evaluator,
     FixedPoint,
@@ -81,7 +81,7 @@ class TriangularMap(Stage):
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, diagonal = self.evaluator()(x)
         zeros = diagonal.detach() == 0
-        if bool(zeros.any()):
+        if not is_traced() and bool(zeros.any()):
             raise SingularJacobianError(
                 f"{int(zeros.sum())} of {zeros.numel()} diagonal entries of the Jacobian of "
                 f"{type(self).__name__} are zero, the first at index "
@@ -104,8 +104,6 @@ class MaskedAffine(TriangularMap):
         ValueError, TypeError: weight or bias of another shape or kind.
     """
 
-    mask: Tensor
-
     def __init__(self, weight: Tensor, bias: Tensor | None, ordering: Ordering) -> None:
         super().__init__()
         square = weight.ndim in (2, 4) and weight.shape[0] == weight.shape[1]
@@ -119,23 +117,28 @@ class MaskedAffine(TriangularMap):
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
         if not isinstance(ordering, Ordering):
             raise TypeError(f"ordering must be an Ordering, got {type(ordering).__name__}")
+        if weight.ndim == 4:
+            check_odd("kernel_size", weight.shape[-1])
+        else:
+            ordering = Ordering(triangle=ordering.triangle)
         self.ordering = ordering
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        if weight.ndim == 2:
-            rank = ordering.rank(len(weight))
-            mask = rank[None, :] <= rank[:, None]
-        else:
-            check_odd("kernel_size", weight.shape[-1])
-            mask = ordering.conv_mask(weight.shape[0], weight.shape[-1])
-        self.register_buffer("mask", mask.to(weight.device), persistent=False)
+
+    def masked_weight(self) -> Tensor:
+        """The weight with zeros outside the triangle, a new tensor."""
+        assert self.ordering is not None
+        if self.weight.ndim == 4:
+            mask = self.ordering.conv_mask(len(self.weight), self.weight.shape[-1])
+            return self.weight.masked_fill(~mask.to(self.weight.device), 0)
+        return self.weight.tril() if self.ordering.triangle == "lower" else self.weight.triu()
 
     @property
     def input_shape(self) -> Shape:
         return (len(self.weight),) if self.weight.ndim == 2 else (len(self.weight), None, None)
 
     def evaluator(self) -> Evaluator:
-        weight = self.weight * self.mask
+        weight = self.masked_weight()
         if weight.ndim == 2:
             diagonal = weight.diagonal()
             return lambda x: (F.linear(x, weight, self.bias), diagonal.expand_as(x))
@@ -154,7 +157,7 @@ class MaskedAffine(TriangularMap):
         assert self.ordering is not None
         shifted = z if self.bias is None else z - self.bias
         x = torch.linalg.solve_triangular(
-            self.weight * self.mask, shifted.mT, upper=self.ordering.triangle == "upper"
+            self.masked_weight(), shifted.mT, upper=self.ordering.triangle == "upper"
         ).mT
         return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
 
@@ -164,7 +167,8 @@ class Elementwise(TriangularMap):
 
     Args:
         name: "elu", "leaky_relu", "softplus", "tanh", "sigmoid", "identity", or an
-            :class:`Activation`. The inverse is exact on the range of h.
+            :class:`Activation`. The inverse is exact on the range of h, if the inverse of h is
+            known, and else by Algorithm 1.
 
     Raises:
         ValueError: not a known monotone function.
@@ -181,6 +185,8 @@ class Elementwise(TriangularMap):
     def solve(
         self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
     ) -> Solution:
+        if self.activation.inverse is None:
+            return super().solve(z, solver, trace=trace, reference=reference)
         x = self.activation.inverse(z)
         return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
 
@@ -220,11 +226,11 @@ class Sum(TriangularMap):
                 value = (
                     scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
                 )
-                self.register_buffer(name, value, persistent=False)
+                self.register_buffer(name, value)
 
     @property
     def input_shape(self) -> Shape | None:
-        return self.f1.input_shape or self.f2.input_shape
+        return _common_shape(self.f1.input_shape, self.f2.input_shape)
 
     def evaluator(self) -> Evaluator:
         first, second = self.f1.evaluator(), self.f2.evaluator()
@@ -233,6 +239,11 @@ class Sum(TriangularMap):
             y1, diagonal1 = first(x)
             y2, diagonal2 = second(x)
             y = self.lambda_ * y1 + self.mu * y2
+            if y.shape != x.shape or y.dtype != x.dtype:
+                raise ValueError(
+                    f"the sum of an x of {x.dtype}, shape {tuple(x.shape)}, is of {y.dtype}, shape "
+                    f"{tuple(y.shape)}: the scales do not fit"
+                )
             return y, self.lambda_ * diagonal1 + self.mu * diagonal2
 
         return evaluate
@@ -257,7 +268,7 @@ class Compose(TriangularMap):
 
     @property
     def input_shape(self) -> Shape | None:
-        return self.f1.input_shape or self.f2.input_shape
+        return _common_shape(self.f1.input_shape, self.f2.input_shape)
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
         for name, factor in (("f1", self.f1), ("f2", self.f2)):
@@ -279,4 +290,15 @@ def _combined_ordering(**maps: TriangularMap) -> Ordering | None:
     for name, map_ in maps.items():
         if not isinstance(map_, TriangularMap):
             raise TypeError(f"{name} must be a TriangularMap, got {type(map_).__name__}")
+    _common_shape(*(map_.input_shape for map_ in maps.values()))
     return common_ordering(*(map_.ordering for map_ in maps.values()))
+
+
+def _common_shape(shape1: Shape | None, shape2: Shape | None) -> Shape | None:
+    """The sizes that both ask for; None, of a shape or a size, fits any."""
+    if shape1 is None or shape2 is None:
+        return shape1 or shape2
+    pairs = list(zip(shape1, shape2, strict=False))
+    if len(shape1) != len(shape2) or any(None not in pair and len(set(pair)) > 1 for pair in pairs):
+        raise ValueError(f"maps of different shapes cannot be combined: {shape1} and {shape2}")
+    return tuple(one if two is None else two for one, two in pairs)

@@ -17,6 +17,7 @@ from mintnet_triton.mint import MintLayer
 from mintnet_triton.ordering import Order, Ordering, Triangle
 
 _LAYER_TENSORS = ("weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "t")
+_MASKS = tuple(f"{kind}{i}" for kind in ("mask", "center_mask") for i in (1, 2, 3))
 _TRIANGLES: tuple[Triangle, Triangle] = ("lower", "upper")
 _CLASSES = {"MintNet": MintNet, "MintClassifier": MintClassifier}
 _METADATA_KEY = "mintnet_triton"
@@ -116,10 +117,9 @@ def load_authors_checkpoint(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
+    theirs = {prefix + name for prefix in layers for name in (*_LAYER_TENSORS, *_MASKS)}
     ours: dict[str, Tensor] = {
-        name: tensor
-        for name, tensor in network.items()
-        if not name.startswith(tuple(layers)) and (classifier or "." not in name)
+        name: tensor for name, tensor in network.items() if name not in theirs
     }
     for prefix, tensors in layers.items():
         colours, hidden, _, _ = _layer_shape(tensors, prefix)
@@ -138,6 +138,7 @@ def save(model: MintNet | MintClassifier, path: str | os.PathLike[str]) -> None:
         TypeError: another kind of model, or one with an activation that has no name.
         OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if type(model).__name__ not in _CLASSES:
@@ -146,11 +147,14 @@ def save(model: MintNet | MintClassifier, path: str | os.PathLike[str]) -> None:
         raise TypeError("a network whose activation was given as an Activation cannot be saved")
     description = {"class": type(model).__name__, "arguments": model.arguments}
     partial = Path(f"{os.fspath(path)}.partial")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-        partial,
-        metadata={_METADATA_KEY: json.dumps(description)},
-    )
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+            partial,
+            metadata={_METADATA_KEY: json.dumps(description)},
+        )
+    except SafetensorError as error:
+        raise OSError(f"cannot write {partial}: {error}") from error
     partial.replace(path)
 
 
@@ -165,14 +169,19 @@ def load(path: str | os.PathLike[str]) -> MintNet | MintClassifier:
 
     try:
         with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+            description = (file.metadata() or {}).get(_METADATA_KEY)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
-    if description is None or description.get("class") not in _CLASSES:
+    if description is None:
         raise CheckpointError(f"{path}: a safetensors file, but not of a network of this library")
-    model: MintNet | MintClassifier = _CLASSES[description["class"]](**description["arguments"])
-    _load_strictly(model.to(next(iter(state.values())).dtype), state, path)
+    model: MintNet | MintClassifier
+    try:
+        parsed = json.loads(description)
+        model = _CLASSES[parsed["class"]](**parsed["arguments"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not describe a network: {error!r}") from error
+    _load_strictly(model, state, path, assign=True)  # with the dtypes of the file
     return model
 
 
@@ -190,7 +199,7 @@ def _read_authors_list(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]
             f"{path}: expected the authors' list [network, optimizer, epoch, step, ...], got "
             f"{type(content).__name__}"
         )
-    averages = content[5] if len(content) > 5 else None
+    averages = content[5] if len(content) > 5 and content[5] else None
     if averages is not None and not _is_state(averages):
         raise CheckpointError(f"{path}: the sixth entry holds no moving averages of parameters")
     return _without_prefix(content[0]), None if averages is None else _without_prefix(averages)
@@ -241,7 +250,12 @@ def _layer_shape(
 ) -> tuple[int, int, tuple[int, int, int], tuple[int, int]]:
     """Colours, hidden units per colour, the three kernel sizes, and (H, W)."""
     weight1, weight3, t = tensors["weight1"], tensors["weight3"], tensors["t"]
-    if weight1.ndim != 4 or weight3.ndim != 4 or t.ndim != 4 or weight1.shape[0] % weight1.shape[1]:
+    convolutions = (weight1, tensors["weight2"], weight3)
+    if (
+        any(tensor.ndim != 4 or not tensor.is_floating_point() for tensor in (*convolutions, t))
+        or not weight1.numel()
+        or weight1.shape[0] % weight1.shape[1]
+    ):
         raise CheckpointError(
             f"{prefix or 'the layer'}: weight1 {tuple(weight1.shape)}, weight3 "
             f"{tuple(weight3.shape)} and t {tuple(t.shape)} are not those of a Mint layer"
@@ -317,9 +331,12 @@ def _first(layers: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, Tensor], 
 
 
 def _load_strictly(
-    module: torch.nn.Module, state: Mapping[str, Tensor], path: object = "state"
+    module: torch.nn.Module,
+    state: Mapping[str, Tensor],
+    path: object = "state",
+    assign: bool = False,
 ) -> None:
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {error}") from error

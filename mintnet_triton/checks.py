@@ -44,23 +44,32 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor
     if like is not None:
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device}, the module's parameters on {like.device}")
-        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        # Autocast casts between the others, but never from or to float64.
+        cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (
+            x.dtype,
+            like.dtype,
+        )
+        if x.dtype != like.dtype and not cast:
             raise TypeError(f"{name} is {x.dtype}, the module's parameters are {like.dtype}")
     if x.device.type == "cpu":
         check_finite(name, x)
 
 
+def is_traced() -> bool:
+    """Under ``torch.compile`` or a transform of ``torch.func``, where values are not known."""
+    return torch.compiler.is_compiling() or bool(torch._C._functorch.peek_interpreter_stack())
+
+
 def check_finite(name: str, x: Tensor) -> None:
     """Raise if ``x`` holds a NaN or an infinity, and say where.
 
-    A forward pass calls this on a CPU only: on a GPU it would wait for the device, and a NaN shows
-    in the log-determinant anyway. It does nothing while tracing or inside a transform of
-    ``torch.func`` such as ``vmap``, where values are not known.
+    A forward pass calls this on a CPU only, for on a GPU it would wait for the device; ``log_prob``
+    and ``invert`` call it anywhere. It does nothing where :func:`is_traced`.
 
     Raises:
         NonFiniteError: with the number of such values and the index of the first.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+    if is_traced():
         return
     bad = ~torch.isfinite(x.detach())
     if bool(bad.any()):
@@ -101,7 +110,7 @@ def as_size(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         TypeError, ValueError: not one or two positive integers.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(pair) != 2:
         raise ValueError(f"{name} must be an integer or (height, width), got {size!r}")
     for value in pair:
@@ -115,7 +124,7 @@ def as_kernel_sizes(kernel_size: int | Sequence[int]) -> tuple[int, int, int]:
     Raises:
         TypeError, ValueError: not one or three odd positive integers.
     """
-    sizes = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
+    sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,) * 3
     if len(sizes) != 3:
         raise ValueError(f"kernel_size must be an integer or three of them, got {kernel_size!r}")
     for value in sizes:

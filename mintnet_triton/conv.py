@@ -1,5 +1,8 @@
 """Masked convolutions: convolutions that respect an order of the variables."""
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -57,13 +60,29 @@ class MaskedConv2d(nn.Module):
         mask = self.ordering.conv_mask(colours, kernel_size, strict=strict)
         self.register_buffer("mask", mask, persistent=False)  # (C, C, k, k)
 
+    def _renew_mask(self) -> None:
+        """Restore the mask where it is not copied: it is derived, hence no part of a state dict."""
+        if self.weight.device.type != "meta":
+            mask = self.ordering.conv_mask(self.colours, self.weight.shape[-1], strict=self.strict)
+            self.mask = mask.to(self.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._renew_mask()  # `to_empty` leaves it without values
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._renew_mask()  # `assign=True` may have moved the weight away from the meta device
+
     @property
     def colours(self) -> int:
         return len(self.mask)
 
     def masked_weight(self) -> Tensor:
         """Effective weight (out_channels, in_channels, k, k), a new tensor."""
-        return (self._by_colour(self.weight) * self.mask[:, None, :, None]).view_as(self.weight)
+        hidden = ~self.mask[:, None, :, None]
+        return self._by_colour(self.weight).masked_fill(hidden, 0).view_as(self.weight)
 
     def centre(self, weight: Tensor) -> Tensor:
         """The weights from a colour to itself at the same pixel.

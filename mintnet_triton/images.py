@@ -61,15 +61,22 @@ class ImagePreprocess(nn.Module):
             TypeError: images are not of an integer dtype.
             ValueError: a value outside 0 to levels - 1, or a wrong number of dimensions.
         """
-        return self.transform(self.dequantise(images, generator, dtype))
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        x, log_det = self.transform(self.dequantise(images, generator, exact))
+        return x.to(dtype), log_det
 
     def dequantise(
         self,
         images: Tensor,
         generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """``v = image + u``; arguments and errors as for :meth:`forward`."""
+        """``v = image + u``, never rounded up to image + 1; errors as :meth:`forward`.
+
+        Args:
+            dtype: float32 or float64; a lower precision would lose the noise.
+        """
         if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images must be a tensor of an integer dtype, got {kind}")
@@ -82,9 +89,10 @@ class ImagePreprocess(nn.Module):
                     f"images must be within 0 and {self.levels - 1} for levels={self.levels}, got "
                     f"values from {least} to {most}"
                 )
-        dtype = torch.get_default_dtype() if dtype is None else dtype
         noise = torch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
-        return images.to(dtype) + noise
+        pixels = images.to(dtype)
+        below = torch.nextafter(pixels + 1, pixels)
+        return torch.minimum(pixels + noise, below)
 
     def transform(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Map real values v (B, C, H, W) in [0, levels] to logits x, with the log-det (B,).

@@ -37,6 +37,8 @@ class Invertible(nn.Module):
     def check(self, name: str, x: Tensor, shape: Shape | None) -> None:
         """Raise a typed error unless ``x`` is a finite tensor of this shape, dtype and device."""
         if isinstance(x, Tensor) and shape is None:
+            if x.ndim < 2:
+                raise ValueError(f"{name} must have shape (batch, ...), got {tuple(x.shape)}")
             shape = (None,) * (x.ndim - 1)
         check_tensor(name, x, shape or (), like=next(self.parameters(), None))
 
@@ -168,6 +170,8 @@ class FixedPoint:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.alpha, int | float):
+            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
         if not 0 < self.alpha < 2:
             raise ValueError(
                 f"alpha must be in the open interval (0, 2), got {self.alpha}: outside it the "
@@ -250,9 +254,9 @@ class InversionResult:
 
     x: Tensor  #: (B, ...), the answer where ``converged``, the last iterate elsewhere
     log_det: Tensor  #: (B,), of the inverse map at x
-    residual: Tensor  #: (B,), of the worst layer
+    residual: Tensor  #: (B,), of the worst layer; of a composition as a whole, if that is worse
     iterations: Tensor  #: (B,), int64, the largest over the layers
-    converged: Tensor  #: (B,), bool: x is finite and every residual within the tolerance
+    converged: Tensor  #: (B,), bool: x and log_det finite, every residual within the tolerance
     layers: tuple[str, ...]  #: names of the layers
     layer_residuals: Tensor  #: (L, B)
     layer_converged: Tensor  #: (L, B), bool
@@ -281,13 +285,17 @@ class NotConvergedError(RuntimeError):
         layer = result.failed_layer
         residuals = result.layer_residuals[result.layers.index(layer)] if layer else result.residual
         failed = int((~result.converged).sum())
+        place = f"layer {layer!r}" if layer else "the map as a whole"
         super().__init__(
             f"{failed} of {len(result.converged)} samples did not converge; the first failure is "
-            f"in layer {layer!r}, worst residual {float(residuals.max()):.3g}, tolerance "
+            f"in {place}, worst residual {float(residuals.max()):.3g}, tolerance "
             f"{result.tolerance:.3g}. Try invert(..., solver=FixedPoint(alpha, iterations)) with a "
             "smaller alpha and more iterations, a larger tolerance, or float64; a z outside the "
             "range of the map has no inverse at all."
         )
+
+    def __reduce__(self) -> tuple[type["NotConvergedError"], tuple[InversionResult]]:
+        return type(self), (self.result,)
 
 
 @torch.no_grad()
@@ -342,13 +350,17 @@ def invert(
             log_det = log_det + solution.log_det
             if not isinstance(stage, Reshaping):
                 solved.insert(0, (name or type(stage).__name__, solution))
-    return _collect(x, log_det, solved, solver.tolerance_for(z.dtype))
+        # Residuals of the factors do not bound that of a composition, which is one map.
+        whole = z.new_zeros(len(z))
+        if isinstance(module, Stage) and len(stages) > 1:
+            whole = relative_residual(module._forward(x)[0], z)
+    return _collect(x, log_det, whole, solved, solver.tolerance_for(z.dtype))
 
 
 def _collect(
-    x: Tensor, log_det: Tensor, solved: list[tuple[str, Solution]], tolerance: float
+    x: Tensor, log_det: Tensor, whole: Tensor, solved: list[tuple[str, Solution]], tolerance: float
 ) -> InversionResult:
-    """Join the solutions of the layers; there may be none."""
+    """Join the solutions of the layers, of which there may be none, and the residual as a whole."""
     solutions = [solution for _, solution in solved]
     none = x.new_zeros(0, len(x))
     residuals = torch.cat([none, *(solution.residual[None] for solution in solutions)])
@@ -357,7 +369,11 @@ def _collect(
         [
             none.bool(),
             *(
-                (solution.x.isfinite().flatten(1).all(1) & (solution.residual <= tolerance))[None]
+                (
+                    solution.x.isfinite().flatten(1).all(1)
+                    & solution.log_det.isfinite()
+                    & (solution.residual <= tolerance)
+                )[None]
                 for solution in solutions
             ),
         ]
@@ -367,10 +383,9 @@ def _collect(
     return InversionResult(
         x=x,
         log_det=log_det,
-        # A row of zeros for the case of no layers; amax keeps a NaN.
-        residual=torch.cat([x.new_zeros(1, len(x)), residuals]).amax(0),
+        residual=torch.cat([whole[None], residuals]).amax(0),  # keeps a NaN
         iterations=torch.cat([iterations.new_zeros(1, len(x)), iterations]).amax(0),
-        converged=converged.all(0),
+        converged=converged.all(0) & (whole <= tolerance),
         layers=tuple(name for name, _ in solved),
         layer_residuals=residuals,
         layer_converged=converged,

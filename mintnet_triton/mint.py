@@ -77,6 +77,10 @@ class MintLayer(TriangularMap):
         self.channels, self.size, self.hidden = channels, as_size("size", size), hidden
         self.ordering = Ordering(order, triangle)
         self.activation = find_activation(activation)
+        if self.activation.slope is None:
+            raise ValueError(
+                f"activation {self.activation.name!r} must have a slope for use in a Mint layer"
+            )
         widths = (channels, channels * hidden, channels * hidden, channels)
         self.conv1, self.conv2, self.conv3 = (
             MaskedConv2d(inputs, outputs, side, colours=channels, triangle=triangle, order=order)
@@ -108,6 +112,10 @@ class MintLayer(TriangularMap):
     def _structure(self) -> tuple[Order, Triangle]:
         return self.conv1.ordering.order, self.conv1.ordering.triangle
 
+    def positive_t(self) -> Tensor:
+        """``max(|t|, 1e-12)``, (C, H, W), never below float32, where that is not zero."""
+        return self.t.to(log_det_dtype(self.t)).abs().clamp(min=1e-12)
+
     def effective_weights(self) -> MintWeights:
         """Masked, sign-corrected weights, computed from the parameters at each call."""
         weight1, weight2, weight3 = (
@@ -132,7 +140,7 @@ class MintLayer(TriangularMap):
             centre1,
             centre2,
             centre3,
-            self.t.abs().clamp(min=1e-12),
+            self.positive_t(),
         )
 
     def evaluator(self) -> Evaluator:
@@ -140,7 +148,7 @@ class MintLayer(TriangularMap):
         return lambda x: mint_layer(x, weights, self.activation, *self._structure)
 
     def start(self, z: Tensor) -> Tensor:
-        return z / self.t.abs().clamp(min=1e-12)
+        return z / self.positive_t()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, diagonal = self.evaluator()(x)
@@ -209,7 +217,7 @@ class Squeeze(Reshaping):
     ) -> Solution:
         batch, channels, height, width = z.shape
         if channels % 4:
-            raise ValueError(f"y must have a multiple of 4 channels, got {tuple(z.shape)}")
+            raise ValueError(f"z must have a multiple of 4 channels, got {tuple(z.shape)}")
         by_tap = z.reshape(batch, 4, channels // 4, height, width).transpose(1, 2)
         x = F.pixel_shuffle(by_tap.reshape(z.shape), 2)
         steps = torch.zeros(len(z), dtype=torch.int64, device=z.device)

@@ -39,7 +39,8 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         """Every layer triangular with the right log-det, every sample inverted."""
-        return all(layer.ok for layer in self.layers) and bool(self.converged.all())
+        inverted = self.converged & self.log_det_mismatch.isfinite()
+        return all(layer.ok for layer in self.layers) and bool(inverted.all())
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers) if self.layers else 5
@@ -76,6 +77,8 @@ def verify(model: Invertible, x: Tensor) -> VerifyReport:
     """
     if not isinstance(model, Invertible):
         raise TypeError(f"model must be an Invertible, got {type(model).__name__}")
+    if isinstance(x, Tensor) and x.ndim and not len(x):
+        raise ValueError("x must have at least one sample, got none")
     with torch.no_grad():
         y, log_det = model(x)
     result = invert(model, y)
@@ -106,16 +109,18 @@ def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
     evaluate = layer.evaluator()
     with torch.no_grad():
         log_dets = layer(x)[1]
-    above = error = 0.0
+    above: list[Tensor] = []
+    errors: list[Tensor] = []
     for sample, log_det in zip(x, log_dets, strict=True):
         jacobian = torch.func.jacrev(lambda v: evaluate(v[None])[0][0], chunk_size=64)(sample)
         jacobian = jacobian.detach().reshape(shape.numel(), shape.numel())
         for ordering in orderings:
             order = ordering.rank(*shape).flatten().argsort().to(x.device)
-            above = max(above, float(jacobian[order][:, order].triu(1).abs().max()))
+            above.append(jacobian[order][:, order].triu(1).abs().max())
         exact = torch.linalg.slogdet(jacobian)[1]
-        error = max(error, float((log_det - exact).abs() / exact.abs().clamp(min=1)))
-    return LayerReport(name, above, error)
+        errors.append((log_det - exact).abs() / exact.abs().clamp(min=1))
+    # Unlike Python's, this max keeps a NaN.
+    return LayerReport(name, float(torch.stack(above).max()), float(torch.stack(errors).max()))
 
 
 def _largest(values: Tensor) -> float:

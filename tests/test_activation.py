@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import mintnet_triton as mint
 from mintnet_triton.kernels import Activation, find_activation
 
 NAMES = ["elu", "leaky_relu", "softplus", "tanh", "sigmoid", "identity"]
@@ -18,6 +19,7 @@ def test_derivative_is_that_of_autograd(name: str) -> None:
 def test_slope_reads_the_derivative_off_the_output(name: str) -> None:
     a = torch.linspace(-12, 12, 401, dtype=torch.float64)
     activation = find_activation(name)
+    assert activation.slope is not None
     slope = activation.slope(activation.function(a))
     torch.testing.assert_close(slope, activation.derivative(a), rtol=0, atol=1e-14)
 
@@ -25,14 +27,17 @@ def test_slope_reads_the_derivative_off_the_output(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_slope_is_differentiable(name: str) -> None:
     activation = find_activation(name)
+    slope = activation.slope
+    assert slope is not None
     a = torch.randn(20, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: activation.slope(activation.function(a)), a)
+    assert torch.autograd.gradcheck(lambda a: slope(activation.function(a)), a)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inverse(name: str) -> None:
     a = torch.linspace(-5, 5, 101, dtype=torch.float64)
     activation = find_activation(name)
+    assert activation.inverse is not None
     torch.testing.assert_close(activation.inverse(activation.function(a)), a, rtol=1e-9, atol=1e-9)
 
 
@@ -42,7 +47,9 @@ def test_inverse(name: str) -> None:
 )
 def test_inverse_outside_the_range_is_not_finite(name: str, outside: float) -> None:
     value = torch.tensor([outside], dtype=torch.float64)
-    assert not bool(find_activation(name).inverse(value).isfinite())
+    inverse = find_activation(name).inverse
+    assert inverse is not None
+    assert not bool(inverse(value).isfinite())
 
 
 def test_unknown_and_non_monotone_names_raise() -> None:
@@ -57,12 +64,21 @@ def test_a_non_monotone_activation_raises() -> None:
         Activation("sine", torch.sin, torch.cos, torch.cos, torch.asin)
 
 
-def test_a_monotone_activation_of_the_users() -> None:
-    cubic = Activation(
-        "cubic",
-        function=lambda a: a**3 + a,
-        derivative=lambda a: 3 * a**2 + 1,
-        slope=lambda h: torch.ones_like(h),
-        inverse=lambda h: h,
-    )
+def test_an_activation_of_the_users_needs_only_its_derivative() -> None:
+    cubic = Activation("cubic", lambda a: a**3 + a, lambda a: 3 * a**2 + 1)
     assert find_activation(cubic) is cubic
+    layer = mint.Elementwise(cubic)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    y, _ = layer(x)
+    result = mint.invert(layer, y, mint.FixedPoint(alpha=0.5, iterations=200))
+    assert result.converged.all()
+    torch.testing.assert_close(result.x, x, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="'cubic' must have a slope for use in a Mint layer"):
+        mint.MintLayer(1, 2, 2, activation=cubic)
+
+
+def test_a_wrong_derivative_or_slope_raises() -> None:
+    with pytest.raises(ValueError, match="its derivative differs from the derivative of its func"):
+        Activation("wrong", torch.tanh, torch.sigmoid)
+    with pytest.raises(ValueError, match="its slope differs from the derivative"):
+        Activation("wrong", torch.tanh, find_activation("tanh").derivative, slope=torch.ones_like)

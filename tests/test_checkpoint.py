@@ -159,10 +159,39 @@ def test_a_file_with_a_block_or_shape_amiss(tmp_path: Path) -> None:
     torch.save(content, path)
     with pytest.raises(mint.CheckpointError, match="do not fit 12 colours of 2 units"):
         mint.load_authors_checkpoint(path)
-    content[0] = {**whole, "module.extra": torch.zeros(5)}
-    torch.save(content, path)
-    with pytest.raises(mint.CheckpointError, match="extra"):
-        mint.load_authors_checkpoint(path)
+    for name in ("extra", "extra.weight", "layers.0.0.weight4", "layers.0.2.weight"):
+        content[0] = {**whole, f"module.{name}": torch.zeros(5)}
+        torch.save(content, path)
+        with pytest.raises(mint.CheckpointError, match=name):
+            mint.load_authors_checkpoint(path)
+    for damaged in (torch.tensor(1.0), torch.zeros(0, 3, 3, 3), torch.ones(24, 3, 3, 3).int()):
+        content[0] = {**whole, "module.layers.0.0.weight1": damaged}
+        torch.save(content, path)
+        with pytest.raises(mint.CheckpointError, match="not those of a Mint layer"):
+            mint.load_authors_checkpoint(path)
+
+
+def test_kernels_of_three_sizes() -> None:
+    layer = mint.MintLayer(2, 4, 3, kernel_size=(3, 5, 1))
+
+    def latent_major(tensor: torch.Tensor, *dimensions: int) -> torch.Tensor:
+        for dim in dimensions:
+            index = torch.arange(6).view(2, 3).T.flatten()
+            tensor = tensor.index_select(dim, index)
+        return tensor.detach()
+
+    state = {
+        "weight1": latent_major(layer.conv1.weight, 0),
+        "bias1": latent_major(layer.get_parameter("conv1.bias"), 0),
+        "weight2": latent_major(layer.conv2.weight, 0, 1),
+        "bias2": latent_major(layer.get_parameter("conv2.bias"), 0),
+        "weight3": latent_major(layer.conv3.weight, 1),
+        "bias3": layer.get_parameter("conv3.bias").detach(),
+        "t": layer.t.detach()[None],
+    }
+    again = mint.layer_from_authors(state, "lower")
+    x = torch.randn(2, 2, 4, 4)
+    assert torch.equal(again(x)[0], layer(x)[0])
 
 
 def test_layer_from_authors() -> None:
@@ -224,6 +253,17 @@ def test_load_refuses_what_is_not_ours(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(mint.CheckpointError, match="not of a network of this library"):
         mint.load(path)
+    for metadata in (
+        "no json",
+        "[]",
+        '{"class": "MintNet"}',
+        '{"class": "Other", "arguments": {}}',
+    ):
+        save_file({"weight": torch.ones(2)}, path, metadata={"mintnet_triton": metadata})
+        with pytest.raises(mint.CheckpointError, match="does not describe a network"):
+            mint.load(path)
+    with pytest.raises(OSError, match="cannot write"):
+        mint.save(mint.MintNet(1, 4, 1, 2, 0), tmp_path / "missing" / "model.safetensors")
     with pytest.raises(FileNotFoundError):
         mint.load(tmp_path / "missing.safetensors")
 
@@ -231,8 +271,8 @@ def test_load_refuses_what_is_not_ours(tmp_path: Path) -> None:
 def test_save_refuses_what_it_cannot_describe(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"model must be one of .* got Linear"):
         mint.save(torch.nn.Linear(2, 2), tmp_path / "x")  # type: ignore[arg-type]
-    cubic = mint.Activation(
-        "cubic", lambda a: a**3, lambda a: 3 * a**2, lambda h: 3 * h.abs() ** (2 / 3), lambda h: h
+    own = mint.Activation(
+        "own", torch.tanh, lambda a: torch.cosh(a) ** -2, slope=lambda h: 1 - h**2
     )
     with pytest.raises(TypeError, match="given as an Activation cannot be saved"):
-        mint.save(mint.MintNet(1, 4, 1, 2, 0, activation=cubic), tmp_path / "x")
+        mint.save(mint.MintNet(1, 4, 1, 2, 0, activation=own), tmp_path / "x")

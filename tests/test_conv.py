@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mintnet_triton import MaskedConv2d, Ordering
 from mintnet_triton.ordering import Order, Triangle
@@ -87,3 +88,26 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"x must have shape \(batch, 3, any, any\), got"):
         conv(torch.randn(2, 4, 5, 5))
     assert "colours=1, triangle='lower'" in repr(conv)
+
+
+def test_hidden_colours_are_skipped_not_multiplied_by_zero() -> None:
+    for colours, share in ((1, 1.0), (2, 3 / 4), (3, 2 / 3), (4, 5 / 8), (12, 5 / 8)):
+        conv = MaskedConv2d(2 * colours, 2 * colours, 3, colours=colours)
+        with FlopCounterMode(display=False) as flops:
+            conv(torch.randn(1, 2 * colours, 5, 5))
+        dense = 2 * (2 * colours) ** 2 * 9 * 25
+        assert flops.get_total_flops() == pytest.approx(share * dense)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_masks_survive_construction_on_the_meta_device(assign: bool) -> None:
+    conv = MaskedConv2d(4, 4, 3, colours=2, order="pixel", triangle="upper")
+    with torch.device("meta"):
+        other = MaskedConv2d(4, 4, 3, colours=2, order="pixel", triangle="upper")
+    if not assign:
+        other = other.to_empty(device="cpu")
+    other.load_state_dict(conv.state_dict(), assign=assign)
+    assert torch.equal(other.mask, conv.mask)
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(other(x), conv(x))
+    assert set(conv.state_dict()) == {"weight", "bias"}

@@ -28,6 +28,17 @@ def test_images_survive_the_noise() -> None:
     assert preprocess.to_images(torch.tensor([[[[-50.0, 50.0]]]])).tolist() == [[[[0, 16]]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_is_not_rounded_away(dtype: torch.dtype) -> None:
+    preprocess = mint.ImagePreprocess()
+    images = torch.full((1, 1, 1500, 1500), 255)
+    values = preprocess.dequantise(images)
+    assert float(values.max()) < 256
+    x, _ = preprocess(torch.full((1, 1, 40, 40), 128), dtype=dtype)
+    assert x.dtype == dtype
+    assert len(x.unique()) > 20
+
+
 def test_noise_is_uniform_and_repeatable() -> None:
     preprocess = mint.ImagePreprocess()
     images = torch.full((4, 1, 50, 50), 7)
@@ -37,6 +48,14 @@ def test_noise_is_uniform_and_repeatable() -> None:
     assert 0 <= float(noise.min()) < 0.01
     assert 0.99 < float(noise.max()) < 1
     assert float(noise.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "logit_lambda"), [("mnist", 1e-6), ("cifar10", 0.05), ("imagenet32", 0.05)]
+)
+def test_presets_are_the_papers(name: str, logit_lambda: float) -> None:
+    preprocess = mint.ImagePreprocess.from_preset(name)
+    assert (preprocess.levels, preprocess.logit_lambda) == (256, logit_lambda)
 
 
 def test_extreme_images_stay_finite_in_float32() -> None:

@@ -1,3 +1,4 @@
+import pickle
 from typing import Any
 
 import pytest
@@ -210,6 +211,7 @@ def test_tolerances() -> None:
     [
         ({"alpha": 0.0}, ValueError, r"alpha must be in the open interval \(0, 2\), got 0.0"),
         ({"alpha": 2.0}, ValueError, "alpha must be in the open interval.*got 2.0"),
+        ({"alpha": "1"}, TypeError, "alpha must be a number, got '1'"),
         ({"alpha": -1.0}, ValueError, "alpha must be"),
         ({"alpha": float("nan")}, ValueError, "alpha must be"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
@@ -246,3 +248,49 @@ def test_inversion_leaves_no_gradient_and_changes_no_parameter() -> None:
     assert not x.requires_grad
     assert not log_det.requires_grad
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+def test_the_start_is_z_over_t() -> None:
+    layer = mint.MintLayer(1, 3, 2).double()
+    with torch.no_grad():
+        for conv in (layer.conv1, layer.conv2, layer.conv3):
+            conv.weight.zero_()
+        layer.get_parameter("conv3.bias").zero_()
+        layer.t.fill_(-4.0)
+    z = torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    result = mint.invert(layer, z)
+    assert result.iterations.tolist() == [0, 0]
+    torch.testing.assert_close(result.x, z / 4)
+
+
+def test_small_latents_have_an_absolute_residual() -> None:
+    layer, _ = golden.layer("layer_c1_k5_A_channel.npz")
+    z = torch.full((1, 1, 8, 8), 0.01, dtype=torch.float64)
+    result = mint.invert(layer, z, mint.FixedPoint(iterations=2))
+    error = (layer(result.x)[0] - z).detach().abs().max()
+    torch.testing.assert_close(result.residual[0], error)
+
+
+def test_iterations_of_a_pair_are_those_of_its_slower_layer() -> None:
+    slow, values = golden.layer("layer_c1_k5_A_channel.npz")
+    fast, _ = golden.layer("layer_c1_k5_B_channel.npz")
+    pair = mint.MintPair(1, 8, 5).double()
+    pair[0].load_state_dict(slow.state_dict())
+    pair[1].load_state_dict(fast.state_dict())
+    z = pair(values["x"])[0].detach()
+    upper = mint.invert(fast, z)
+    lower = mint.invert(slow, upper.x)
+    result = mint.invert(pair, z)
+    assert torch.equal(result.iterations, torch.maximum(lower.iterations, upper.iterations))
+    assert lower.iterations.min() > 0
+    assert upper.iterations.min() > 0
+    torch.testing.assert_close(result.log_det, lower.log_det + upper.log_det)
+
+
+def test_the_error_pickles_with_its_result() -> None:
+    result = mint.invert(
+        mint.MintPair(1, 3, 2), torch.randn(2, 1, 3, 3), mint.FixedPoint(tolerance=0, iterations=1)
+    )
+    error = pickle.loads(pickle.dumps(mint.NotConvergedError(result)))
+    assert str(error) == str(mint.NotConvergedError(result))
+    assert torch.equal(error.result.x, result.x)

@@ -33,6 +33,14 @@ def test_golden_values(name: str, kind: type[mint.MintLayer]) -> None:
     golden.assert_golden(log_det, values["log_det"])
 
 
+@pytest.mark.parametrize("name", golden.LAYERS + golden.HARD_LAYERS)
+def test_golden_values_in_float32(name: str) -> None:
+    layer, values = golden.layer(name)
+    y, log_det = layer.float()(values["x"].float())
+    golden.assert_golden(y, values["y"], 1e-4)
+    golden.assert_golden(log_det, values["log_det"], 1e-5)
+
+
 @pytest.mark.parametrize("order", ["channel", "pixel"])
 @pytest.mark.parametrize("triangle", ["lower", "upper"])
 @pytest.mark.parametrize(
@@ -299,6 +307,8 @@ def test_non_finite_inputs_are_located(value: float, call: str) -> None:
     [
         ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
         ({"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
+        ({"size": 4.5}, TypeError, "size must be an integer, got 4.5"),
+        ({"kernel_size": 3.0}, TypeError, "kernel_size must be an integer, got 3.0"),
         ({"hidden": 2.5}, TypeError, "hidden must be an integer, got 2.5"),
         ({"kernel_size": 4}, ValueError, "kernel_size must be odd.*got 4"),
         ({"kernel_size": (3, 3)}, ValueError, "an integer or three of them"),
@@ -325,3 +335,17 @@ def test_dense_convolution_of_the_effective_weights_is_the_layer() -> None:
     h2 = F.softplus(F.conv2d(h1, w.weight2, w.bias2, padding=1), threshold=40)
     expected = F.conv2d(h2, w.weight3, w.bias3, padding=1) + w.t * x
     torch.testing.assert_close(layer(x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tiny_t_survives_half_precision() -> None:
+    layer = mint.MintLayer(1, 2, 2, initialisation="near_identity").half()
+    with torch.no_grad():
+        layer.t.zero_()
+    _, log_det = layer(torch.randn(2, 1, 2, 2).half())
+    assert log_det.isfinite().all()
+
+
+def test_float64_under_autocast_is_refused() -> None:
+    layer = mint.MintLayer(1, 2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="float64"):
+        layer(torch.randn(1, 1, 2, 2).double())

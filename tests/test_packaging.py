@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Everything but the standard library, torch and what torch needs, and numpy is hidden.
+# What a checkout may lack: all that the project asks for beyond torch and numpy.
 BARE_IMPORT = """
 import sys
 hidden = ["triton", "safetensors", "sklearn", "matplotlib", "mlxtend", "tqdm", "scipy", "pandas"]
@@ -25,22 +26,15 @@ print(mint.__file__)
 """
 
 
-def python(code: str, folder: Path, path: str = "") -> str:
-    environment = {"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+def run(command: list[str | Path], folder: Path) -> str:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.strip()
 
 
 def test_imports_from_a_bare_checkout() -> None:
-    assert python(BARE_IMPORT, ROOT) == str(ROOT / "mintnet_triton" / "__init__.py")
+    where = run([sys.executable, "-W", "error", "-c", BARE_IMPORT], ROOT)
+    assert where == str(ROOT / "mintnet_triton" / "__init__.py")
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +48,39 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ignore=shutil.ignore_patterns(".venv", ".git", "out", "data", "results", ".*cache"),
     )
     pytest.importorskip("build")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist")]
-    result = subprocess.run(
-        [*command, str(folder / "source")], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    options: list[str | Path] = ["--no-isolation", "--outdir", folder / "dist"]
+    run([sys.executable, "-m", "build", *options, folder / "source"], folder)
     return folder / "dist"
 
 
-def test_wheel_holds_real_kernels_and_imports(built: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_installs_and_imports_in_a_clean_environment(
+    kind: str, built: Path, tmp_path: Path
+) -> None:
+    """A new environment that sees torch and numpy here, and nothing of the checkout."""
+    (package,) = built.glob(kind)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    interpreter = tmp_path / "venv" / "bin" / "python"
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run([interpreter, "-c", code], tmp_path))
+    (site / "torch_and_numpy.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    offline = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", interpreter]
+    run([*pip, "install", *offline, package], tmp_path)
+    assert run([interpreter, "-c", BARE_IMPORT], tmp_path) == str(
+        site / "mintnet_triton" / "__init__.py"
+    )
+    code = "import mintnet_triton as mint; print(mint.MintNet.from_preset('mnist').latent_shape)"
+    assert run([interpreter, "-c", code], tmp_path) == "(16, 7, 7)"
+
+
+def test_wheel_holds_the_package_alone(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        archive.extractall(tmp_path)
     for needed in ("kernels/reference.py", "presets/mnist.toml", "py.typed", "recipes/demo.py"):
         assert f"mintnet_triton/{needed}" in names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
-    where = python(BARE_IMPORT, tmp_path.parent, path=str(tmp_path))
-    assert where == str(tmp_path / "mintnet_triton" / "__init__.py")
-    code = "import mintnet_triton as mint; print(mint.MintNet.from_preset('mnist').latent_shape)"
-    assert python(code, tmp_path.parent, path=str(tmp_path)) == "(16, 7, 7)"
 
 
 def test_sdist_holds_real_kernels(built: Path) -> None:

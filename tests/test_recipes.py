@@ -1,4 +1,6 @@
+import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,34 @@ def test_training_lowers_the_bits_and_repeats_itself() -> None:
         runs.append((history, after))
     assert runs[0][0] == runs[1][0]
     assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_training_is_adam_with_amsgrad_along_a_cosine() -> None:
+    """The recipe, step by step, on batches that all hold the same image."""
+    images = load_images("digits").train[:1]
+    recipe = DensityRecipe(steps=6, batch_size=2, learning_rate=0.03, levels=17)
+    torch.manual_seed(2)
+    flow = tiny_flow()
+    theirs = copy.deepcopy(flow)
+    train_density(flow, images, recipe)
+
+    noise = torch.Generator().manual_seed(recipe.seed)
+    parameters = list(theirs.parameters())
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    largest = [torch.zeros_like(p) for p in parameters]
+    for step in range(1, 7):
+        rate = 0.03 * (1 + math.cos(math.pi * (step - 1) / 6)) / 2
+        bits = mint.bits_per_dim(theirs, images.repeat(2, 1, 1, 1), 17, 0.05, noise)
+        gradients = torch.autograd.grad(bits.mean(), parameters)
+        for p, g, m, v, top in zip(parameters, gradients, first, second, largest, strict=True):
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g**2)
+            top.copy_(torch.maximum(top, v))
+            scale = (top / (1 - 0.999**step)).sqrt() + 1e-4
+            p.data.sub_(rate * m / (1 - 0.9**step) / scale)
+    for one, two in zip(flow.parameters(), parameters, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_divergence_stops_training() -> None:

@@ -68,7 +68,15 @@ class WrongDiagonal(mint.MintLayer):
         return evaluate
 
 
-@pytest.mark.parametrize("kind", [Leaky, WrongDiagonal])
+class NotANumber(mint.MintLayer):
+    """Planted fault: the diagonal is no number."""
+
+    def evaluator(self) -> Evaluator:
+        sound = super().evaluator()
+        return lambda x: (sound(x)[0], sound(x)[1] * float("nan"))
+
+
+@pytest.mark.parametrize("kind", [Leaky, WrongDiagonal, NotANumber])
 def test_planted_faults_are_found(kind: type[mint.MintLayer]) -> None:
     report = mint.verify(kind(2, 3, 2), torch.randn(1, 2, 3, 3))
     assert not report.ok
@@ -89,7 +97,23 @@ def test_a_round_trip_that_fails_is_found() -> None:
     assert not report.converged.all()
 
 
+class Mixing(Elementwise):
+    """Planted fault: claims to fit any order, and is triangular in one direction only."""
+
+    def evaluator(self) -> Evaluator:
+        return lambda x: (
+            x + 0.5 * x.roll(1, 1) * (torch.arange(x.shape[1]) > 0),
+            torch.ones_like(x),
+        )
+
+
+def test_maps_without_an_order_must_be_diagonal() -> None:
+    assert not mint.verify(Mixing("identity"), torch.randn(1, 4)).ok
+
+
 def test_bad_calls() -> None:
+    with pytest.raises(ValueError, match="x must have at least one sample"):
+        mint.verify(mint.MintLayer(1, 2, 2), torch.randn(0, 1, 2, 2))
     with pytest.raises(TypeError, match="model must be an Invertible, got Linear"):
         mint.verify(torch.nn.Linear(2, 2), torch.randn(1, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="x must have 4 dimensions"):

@@ -70,10 +70,12 @@ def error_curves(errors: Mapping[float, Tensor], iterations: list[int]) -> Figur
     # Okabe and Ito's colours, told apart by the colour-blind; markers tell them apart in print.
     styles = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), "os^Dv", strict=True)
     for (alpha, error), (colour, marker) in zip(errors.items(), styles, strict=False):
-        low, median, high = np.quantile(error.cpu().numpy(), [0.1, 0.5, 0.9], axis=1)
-        axis.plot(
-            iterations, median, color=colour, marker=marker, markersize=3, label=f"α = {alpha:g}"
-        )
+        values = error.cpu().numpy()
+        diverged = int((~np.isfinite(values)).any(0).sum())
+        finite = np.where(np.isfinite(values), values, np.nan)
+        low, median, high = np.nanquantile(finite, [0.1, 0.5, 0.9], axis=1)
+        label = f"α = {alpha:g}" + (f" ({diverged} samples diverged)" if diverged else "")
+        axis.plot(iterations, median, color=colour, marker=marker, markersize=3, label=label)
         axis.fill_between(iterations, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.set_xscale("log")
     axis.set_yscale("log")

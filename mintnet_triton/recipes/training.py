@@ -26,7 +26,7 @@ class DensityRecipe:
     seed: int = 0
 
 
-class DivergedError(RuntimeError):
+class DivergedError(ArithmeticError):
     """Training met a loss that is not finite."""
 
 

@@ -14,11 +14,17 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     return {group: times["naive"] / times["mintnet_triton"] for group, times in medians.items()}
 
 
+def table(path: Path) -> str:
+    """The ratios of a result file, in Markdown."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = (
+        f"| {group.replace('_', ' ')} | {ratio:.1f}x |" for group, ratio in ratios(result).items()
+    )
+    return "\n".join(["| layer, work | speed against naive |", "| --- | --- |", *rows])
+
+
 def main() -> None:
-    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print("| layer, work | speed against naive |\n| --- | --- |")
-    for group, ratio in ratios(result).items():
-        print(f"| {group.replace('_', ' ')} | {ratio:.1f}x |")
+    print(table(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.ratios import table
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -18,3 +20,8 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = names["result"]
     assert bool(result.converged.all())  # type: ignore[attr-defined]
     assert (tmp_path / "flow.safetensors").exists()
+
+
+def test_the_table_of_speeds_is_that_of_the_committed_result() -> None:
+    result = README.parent / "bench" / "results" / "amd-epyc-zen3-2-cores" / "layer.json"
+    assert table(result) in README.read_text(encoding="utf-8")

@@ -49,10 +49,6 @@ class TriangularMap(Stage):
         self.check("x", x, self.input_shape)
         return self.evaluator()(x)
 
-    def evaluator(self) -> Evaluator:
-        """x -> (y, diagonal), with all that depends on the parameters alone computed once."""
-        raise NotImplementedError
-
     def start(self, z: Tensor) -> Tensor:
         """Where Algorithm 1 starts to look for the x with f(x) = z."""
         return z

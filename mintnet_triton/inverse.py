@@ -84,6 +84,10 @@ class Stage(Invertible):
     def stages(self) -> Iterator[tuple[str, "Stage"]]:
         yield "", self
 
+    def evaluator(self) -> Evaluator:
+        """x -> (y, diagonal), with all that depends on the parameters alone computed once."""
+        raise NotImplementedError
+
     def solve(
         self, z: Tensor, solver: "FixedPoint", *, trace: bool, reference: Tensor | None
     ) -> "Solution":
@@ -317,17 +321,19 @@ def invert(
         z: (B, ...), an output of ``module``.
         solver: ``FixedPoint()`` by default.
         trace: also return the residual of every sample after every iteration, for each layer.
-        reference: the true x (B, ...): the trace then also holds the error against it.
+        reference: the true x (B, ...): with the trace come the errors against it.
 
     Raises:
         TypeError, ValueError: z or reference is not a finite tensor of the right shape, dtype and
-            device, or module or solver is of another kind.
+            device, module or solver is of another kind, or a reference came without ``trace``.
     """
     if not isinstance(module, Invertible):
         raise TypeError(f"module must be an Invertible, got {type(module).__name__}")
     solver = FixedPoint() if solver is None else solver
     if not isinstance(solver, FixedPoint):
         raise TypeError(f"solver must be a FixedPoint, got {type(solver).__name__}")
+    if reference is not None and not trace:
+        raise ValueError("reference is for the trace: give trace=True with it")
     module = _at_least_float32(module)
     z = _prepare(module, "z", z, module.output_shape)
     stages = list(module.stages())
@@ -353,7 +359,7 @@ def invert(
         # Residuals of the factors do not bound that of a composition, which is one map.
         whole = z.new_zeros(len(z))
         if isinstance(module, Stage) and len(stages) > 1:
-            whole = relative_residual(module._forward(x)[0], z)
+            whole = relative_residual(module.evaluator()(x)[0], z)
     return _collect(x, log_det, whole, solved, solver.tolerance_for(z.dtype))
 
 

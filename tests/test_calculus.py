@@ -254,6 +254,13 @@ def test_compiles_whole_and_maps_over_samples() -> None:
     torch.testing.assert_close(mapped, (y[:, None], log_det[:, None]))
 
 
+def test_a_saturated_composition_is_reported_not_raised() -> None:
+    identity = Elementwise("identity")
+    layer = Compose(Sum(identity, identity, (0.5, 0.5)), Compose(Elementwise("tanh"), identity))
+    z = torch.tensor([[0.5, 1.0], [0.5, 0.25]])
+    assert mint.invert(layer, z).converged.tolist() == [False, True]
+
+
 def test_entries_outside_the_triangle_do_not_matter() -> None:
     weight = torch.eye(3).masked_fill(torch.ones(3, 3).triu(1).bool(), float("nan"))
     y, _ = MaskedAffine(weight, None, mint.Ordering("pixel"))(torch.ones(1, 3))

@@ -234,6 +234,8 @@ def test_bad_calls() -> None:
         mint.invert(layer, z, "newton")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reference has 1 samples, z has 2"):
         mint.invert(layer, z, trace=True, reference=z[:1])
+    with pytest.raises(ValueError, match="reference is for the trace: give trace=True"):
+        mint.invert(layer, z, reference=z)
     bad = z.clone()
     bad[0, 0, 0, 0] = float("nan")
     with pytest.raises(mint.NonFiniteError, match="reference holds 1 NaN"):

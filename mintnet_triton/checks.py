@@ -40,7 +40,10 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor
                 f"dimension {dimension} is {x.shape[dimension]}, expected {size}"
             )
     if not x.dtype.is_floating_point:
-        raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}")
+        raise TypeError(
+            f"{name} must be of a floating dtype, got {x.dtype}; ImagePreprocess and bits_per_dim "
+            "take images of integers"
+        )
     if like is not None:
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device}, the module's parameters on {like.device}")
@@ -50,7 +53,10 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor
             like.dtype,
         )
         if x.dtype != like.dtype and not cast:
-            raise TypeError(f"{name} is {x.dtype}, the module's parameters are {like.dtype}")
+            raise TypeError(
+                f"{name} is {x.dtype}, the module's parameters are {like.dtype}; take one to the "
+                "other with .to(dtype)"
+            )
     if x.device.type == "cpu":
         check_finite(name, x)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mintnet_triton.checks import as_kernel_sizes, as_size, check_finite, check_integer
-from mintnet_triton.inverse import Chain, Invertible, Shape, log_det_dtype
+from mintnet_triton.inverse import Chain, FixedPoint, Invertible, Shape, log_det_dtype
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintPair, Squeeze
 from mintnet_triton.ordering import Order
@@ -163,7 +163,11 @@ class MintNet(Chain):
         return _standard_normal_log_prob(z) + log_det
 
     def sample(
-        self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        solver: FixedPoint | None = None,
     ) -> Tensor:
         """Draw n samples x (n, C, H, W) in logit space.
 
@@ -171,15 +175,20 @@ class MintNet(Chain):
             n: how many.
             generator: source of randomness; the default one of the device if None.
             temperature: standard deviation of the latents.
+            solver: of the inverse; ``FixedPoint()`` if None.
 
         Raises:
             NotConvergedError: the inverse of some sample did not converge.
             ValueError, TypeError: an argument outside its range.
         """
-        return self.inverse(self._latents(n, generator, temperature))[0]
+        return self.inverse(self._latents(n, generator, temperature), solver)[0]
 
     def sample_and_log_prob(
-        self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        solver: FixedPoint | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples as :meth:`sample` draws them, and their ``log_prob`` (n,) under the flow.
 
@@ -188,7 +197,7 @@ class MintNet(Chain):
             ValueError, TypeError: an argument outside its range.
         """
         z = self._latents(n, generator, temperature)
-        x, log_det = self.inverse(z)
+        x, log_det = self.inverse(z, solver)
         return x, _standard_normal_log_prob(z) - log_det
 
     def _latents(self, n: int, generator: torch.Generator | None, temperature: float) -> Tensor:

@@ -79,7 +79,10 @@ class ImagePreprocess(nn.Module):
         """
         if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a tensor of an integer dtype, got {kind}")
+            raise TypeError(
+                f"images must be a tensor of an integer dtype, got {kind}; values in [0, 1] become "
+                "images by (values * (levels - 1)).round().long()"
+            )
         if images.ndim != 4:
             raise ValueError(f"images must be (batch, C, H, W), got shape {tuple(images.shape)}")
         if images.numel():

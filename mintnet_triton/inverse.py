@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.checks import check_finite, check_integer, check_tensor
+from mintnet_triton.checks import NonFiniteError, check_finite, check_integer, check_tensor
 
 Evaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
 Shape = tuple[int | None, ...]
@@ -61,8 +61,8 @@ class Invertible(nn.Module):
         """The named stages from data to latent; a stage is its own only one, with no name."""
         raise NotImplementedError
 
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Map y back to x with the default solver, ``FixedPoint()``.
+    def inverse(self, y: Tensor, solver: "FixedPoint | None" = None) -> tuple[Tensor, Tensor]:
+        """Map y back to x; ``FixedPoint()`` is the default solver.
 
         Not differentiable: x and log_det carry no gradient.
 
@@ -73,7 +73,7 @@ class Invertible(nn.Module):
             NotConvergedError: some sample did not converge; it carries the ``result``.
             TypeError, ValueError: y is not a finite tensor of the right shape, dtype and device.
         """
-        result = invert(self, y)
+        result = invert(self, y, solver)
         result.raise_if_not_converged()
         return result.x, result.log_det
 
@@ -113,8 +113,12 @@ class Chain(Invertible):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_det = x.new_zeros(x.shape[0], dtype=log_det_dtype(x))
-        for _, step in self.steps():
-            x, step_log_det = step(x)
+        for name, step in self.steps():
+            try:
+                x, step_log_det = step(x)
+            except NonFiniteError as error:
+                # Its own input has passed the check: the fault is in here.
+                raise NonFiniteError(f"inside the network, entering {name!r}: {error}") from error
             log_det = log_det + step_log_det
         return x, log_det
 
@@ -247,9 +251,12 @@ class FixedPoint:
         return Solution(x, -log_abs_det(diagonal), residual, iterations, residuals, errors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InversionResult:
     """What came of an inversion, per sample and per layer; check ``converged`` before using ``x``.
+
+    ``converged`` bounds the residual |f(x) - z|, not the error of x: where the map is nearly flat
+    or steep, a small residual leaves a larger error, and float64 makes both smaller.
 
     L layers are listed in the direction of ``forward``, data first; a reshaping (squeeze) is not
     counted. T is the solver's number of iterations; a sample that stopped earlier keeps its last
@@ -267,6 +274,14 @@ class InversionResult:
     tolerance: float  #: the one applied
     trace: list[Tensor] | None = None  #: residuals (T, B) of each layer, if asked for
     error_trace: list[Tensor] | None = None  #: ``max |x - reference|`` (T, B), if a reference came
+
+    def __repr__(self) -> str:
+        most = int(self.iterations.max()) if len(self.iterations) else 0
+        worst = float(self.residual.max()) if len(self.residual) else 0.0
+        return (
+            f"InversionResult({int(self.converged.sum())} of {len(self.converged)} samples "
+            f"converged, worst residual {worst:.3g}, at most {most} iterations a layer)"
+        )
 
     @property
     def failed_layer(self) -> str | None:
@@ -293,9 +308,10 @@ class NotConvergedError(RuntimeError):
         super().__init__(
             f"{failed} of {len(result.converged)} samples did not converge; the first failure is "
             f"in {place}, worst residual {float(residuals.max()):.3g}, tolerance "
-            f"{result.tolerance:.3g}. Try invert(..., solver=FixedPoint(alpha, iterations)) with a "
-            "smaller alpha and more iterations, a larger tolerance, or float64; a z outside the "
-            "range of the map has no inverse at all."
+            f"{result.tolerance:.3g}. Try solver=FixedPoint(alpha, iterations) with a smaller "
+            "alpha and more iterations, a larger tolerance, or float64; a z outside the range of "
+            "the map has no inverse, nor has a map whose parameters are not finite. The error's "
+            ".result tells the samples apart."
         )
 
     def __reduce__(self) -> tuple[type["NotConvergedError"], tuple[InversionResult]]:

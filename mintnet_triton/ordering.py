@@ -83,6 +83,7 @@ def common_ordering(*orderings: Ordering | None) -> Ordering | None:
     if len(named) > 1:
         listed = " and ".join(sorted(str(ordering) for ordering in named))
         raise OrderingError(
-            f"maps of different orderings cannot be combined into a triangular map: {listed}"
+            f"maps of different orderings cannot be combined into a triangular map: {listed}; "
+            "MintPair and MintNet alternate triangles"
         )
     return named.pop() if named else None

@@ -204,3 +204,24 @@ def test_compiles_whole_and_pickles() -> None:
     for other in (compiled, pickle.loads(pickle.dumps(flow))):
         for one, two in zip(other(x), expected, strict=True):
             torch.testing.assert_close(one, two)
+
+
+def test_a_nan_inside_the_network_is_not_blamed_on_the_input() -> None:
+    flow = small_flow()
+    with torch.no_grad():
+        flow.get_parameter("layers.0.0.conv1.bias")[0] = math.nan
+    with pytest.raises(mint.NonFiniteError, match=r"inside the network, entering 'layers\.0'"):
+        flow(torch.randn(2, 1, 4, 4, dtype=torch.float64))
+
+
+def test_a_solver_can_be_given_wherever_the_inverse_is_taken() -> None:
+    flow = small_flow()
+    hasty = mint.FixedPoint(iterations=1)
+    for call in (flow.sample, flow.sample_and_log_prob):
+        with pytest.raises(mint.NotConvergedError, match=r"Try solver=.*\.result") as caught:
+            call(2, solver=hasty)
+        assert repr(caught.value.result).startswith("InversionResult(0 of 2 samples converged")
+        call(2, solver=mint.FixedPoint(alpha=0.7, iterations=300))
+    z = flow(torch.randn(1, 1, 4, 4, dtype=torch.float64))[0].detach()
+    with pytest.raises(mint.NotConvergedError):
+        flow.inverse(z, solver=hasty)

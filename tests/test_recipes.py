@@ -99,7 +99,7 @@ def test_training_is_adam_with_amsgrad_along_a_cosine() -> None:
 
 def test_divergence_stops_training() -> None:
     data = load_images("digits")
-    with pytest.raises(DivergedError, match="the loss at step"):
+    with pytest.raises(DivergedError, match=r"at step \d+"):
         train_density(
             tiny_flow(), data.train, DensityRecipe(steps=50, learning_rate=1e12, levels=17)
         )

@@ -74,7 +74,7 @@ def error_curves(errors: Mapping[float, Tensor], iterations: list[int]) -> Figur
         diverged = int((~np.isfinite(values)).any(0).sum())
         finite = np.where(np.isfinite(values), values, np.nan)
         low, median, high = np.nanquantile(finite, [0.1, 0.5, 0.9], axis=1)
-        label = f"α = {alpha:g}" + (f" ({diverged} samples diverged)" if diverged else "")
+        label = f"α = {alpha:.3g}" + (f" ({diverged} samples diverged)" if diverged else "")
         axis.plot(iterations, median, color=colour, marker=marker, markersize=3, label=label)
         axis.fill_between(iterations, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.set_xscale("log")

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 
+from mintnet_triton.checks import NonFiniteError
 from mintnet_triton.flow import MintNet
 from mintnet_triton.images import bits_per_dim
 
@@ -55,7 +56,10 @@ def train_density(flow: MintNet, images: Tensor, recipe: DensityRecipe) -> list[
     progress = tqdm(batches, desc="training", unit="step", mininterval=0.5)
     for step, (batch,) in enumerate(progress):
         optimiser.zero_grad()
-        loss = bits_per_dim(flow, batch, recipe.levels, recipe.logit_lambda, generator).mean()
+        try:
+            loss = bits_per_dim(flow, batch, recipe.levels, recipe.logit_lambda, generator).mean()
+        except NonFiniteError as error:
+            raise DivergedError(f"at step {step}, {error}; try a smaller learning rate") from error
         history.append(loss.item())
         if not math.isfinite(history[-1]):
             raise DivergedError(

@@ -108,7 +108,9 @@ class Mixing(Elementwise):
 
 
 def test_maps_without_an_order_must_be_diagonal() -> None:
-    assert not mint.verify(Mixing("identity"), torch.randn(1, 4)).ok
+    report = mint.verify(Mixing("identity"), torch.randn(1, 4))
+    assert report.layers[0].above_diagonal == 0.5
+    assert not report.layers[0].ok
 
 
 def test_bad_calls() -> None:

@@ -95,8 +95,8 @@ _KNOWN = {
         Activation(
             "leaky_relu",
             function=lambda a: F.leaky_relu(a, LEAKY_SLOPE),
-            derivative=lambda a: _leaky_slope(a),
-            slope=lambda h: _leaky_slope(h),
+            derivative=_leaky_slope,
+            slope=_leaky_slope,
             inverse=lambda h: torch.where(h > 0, h, h / LEAKY_SLOPE),
         ),
         Activation(

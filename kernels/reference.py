@@ -66,7 +66,7 @@ def masked_conv2d(
 def mint_map(
     x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y = t x + W3 h(W2 h(W1 x + b1) + b2) + b3`` (equation 4 of the paper).
+    """``y = t x + W3 h(W2 h(W1 x + b1) + b2) + b3``, the Mint layer of the paper.
 
     Returns:
         y (B, C, H, W) in the dtype of x, and both hidden layers h1, h2 (B, C*K, H, W).

@@ -17,7 +17,7 @@ from mintnet_triton.flow import squeeze_positions, squeezed
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintLayer, Squeeze
 from mintnet_triton.ordering import Order
-from mintnet_triton.presets import load_preset
+from mintnet_triton.presets import model_arguments
 
 
 class MintClassifier(nn.Module):
@@ -113,9 +113,7 @@ class MintClassifier(nn.Module):
         Raises:
             ValueError: no such preset.
         """
-        data = load_preset(name, "data")
-        arguments = {key: data[key] for key in ("channels", "image_size")}
-        return cls(**{**arguments, **load_preset(name, "classifier"), **changes})
+        return cls(**{**model_arguments(name, "classifier"), **changes})
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, classes) of images (B, C, H, W).

@@ -12,7 +12,7 @@ from mintnet_triton.inverse import Chain, FixedPoint, Invertible, Shape, log_det
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintPair, Squeeze
 from mintnet_triton.ordering import Order
-from mintnet_triton.presets import load_preset
+from mintnet_triton.presets import model_arguments
 
 
 def squeeze_positions(pairs: int, squeezes: int) -> list[int]:
@@ -132,9 +132,7 @@ class MintNet(Chain):
         Raises:
             ValueError: no such preset.
         """
-        data = load_preset(name, "data")
-        arguments = {key: data[key] for key in ("channels", "image_size")}
-        return cls(**{**arguments, **load_preset(name, "density"), **changes})
+        return cls(**{**model_arguments(name, "density"), **changes})
 
     @property
     def input_shape(self) -> Shape:

@@ -1,4 +1,4 @@
-"""The Mint layer, its pairs, and the squeeze between scales (section 3 of the paper)."""
+"""The Mint layer, its pairs, and the squeeze between scales."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
@@ -34,7 +34,7 @@ Initialisation = Literal["density", "classifier", "near_identity"]
 
 
 class MintLayer(TriangularMap):
-    """``m(x) = t x + sum_i W3_i h(sum_j W2_ij h(W1_j x + b1_j) + b2_ij) + b3_i`` (equation 4).
+    """``m(x) = t x + sum_i W3_i h(sum_j W2_ij h(W1_j x + b1_j) + b2_ij) + b3_i``.
 
     W1, W2, W3 are masked convolutions, h is monotone, and t > 0 has one value per variable. The
     centre weights of W2 take the sign of those of W3 and W1, so that

@@ -103,9 +103,9 @@ def verify(model: Invertible, x: Tensor) -> VerifyReport:
 
 def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
     shape = x.shape[1:]
-    lower: Ordering = layer.ordering or Ordering()
     # A map that fits any order must be triangular both ways.
-    orderings = [layer.ordering] if layer.ordering else [lower, Ordering(triangle="upper")]
+    both = [Ordering(triangle="lower"), Ordering(triangle="upper")]
+    orderings = [layer.ordering] if layer.ordering else both
     evaluate = layer.evaluator()
     with torch.no_grad():
         log_dets = layer(x)[1]

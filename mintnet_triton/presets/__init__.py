@@ -5,6 +5,17 @@ from importlib.resources import files
 from typing import Any
 
 
+def model_arguments(name: str, section: str) -> dict[str, Any]:
+    """Constructor's arguments of a preset's "density" or "classifier" model.
+
+    Raises:
+        ValueError: no such preset, or it lacks the section.
+    """
+    data = load_preset(name, "data")
+    shape = {key: data[key] for key in ("channels", "image_size")}
+    return {**shape, **load_preset(name, section)}
+
+
 def load_preset(name: str, section: str) -> dict[str, Any]:
     """One section ("data", "density" or "classifier") of a preset.
 

@@ -29,7 +29,7 @@ def demo_flow(name: DataName, side: int) -> MintNet:
 
 
 def demo_recipe(name: DataName, levels: int) -> DensityRecipe:
-    """How the demo trains that flow: about a minute and a half on two CPU cores."""
+    """How the demo trains that flow."""
     steps, logit_lambda = (800, 0.01) if name == "digits" else (600, 1e-6)
     return DensityRecipe(
         steps=steps, batch_size=64, learning_rate=2e-3, levels=levels, logit_lambda=logit_lambda

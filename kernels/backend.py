@@ -1,7 +1,23 @@
 """Which implementation computes the operations of this package."""
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_NAMES = ("auto", "torch", "triton")
+_choice = "auto"
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+#: whether kernels run in Triton's interpreter, on a CPU: it has to be said before they are defined
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+#: activations that the kernels know
+TRITON_ACTIVATIONS = ("elu", "identity", "leaky_relu", "sigmoid", "softplus", "tanh")
 
 
 class BackendError(RuntimeError):
@@ -10,18 +26,59 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the implementation for the calls inside the ``with`` block.
+    """Choose the implementation for the calls inside the ``with`` block, in the whole process.
 
     Args:
-        name: ``"torch"``, plain PyTorch on any device; ``"auto"``, the best that is available; or
-            ``"triton"``. This version has plain PyTorch only, so the first two are the same.
+        name: ``"auto"``, the default: Triton kernels where they can run, else plain PyTorch;
+            ``"torch"``, plain PyTorch on any device; or ``"triton"``, whose calls raise
+            :class:`BackendError` where the kernels cannot run. They run on a GPU of compute
+            capability 8.0 or above (or an AMD one), and on a CPU in Triton's interpreter (with
+            TRITON_INTERPRET=1 set before this package is imported; for tests, for it is slow). They
+            know activations by name alone, and their gradients cannot be differentiated again.
 
     Raises:
         ValueError: ``name`` is none of the three.
-        BackendError: ``"triton"`` was asked for, and this version has no Triton kernels.
+        BackendError: ``"triton"``, and Triton is not installed.
     """
-    if name not in ("auto", "torch", "triton"):
+    global _choice
+    if name not in _NAMES:
         raise ValueError(f"name must be 'auto', 'torch' or 'triton', got {name!r}")
-    if name == "triton":
-        raise BackendError("this version has no Triton kernels; use 'auto' or 'torch'")
-    yield
+    if name == "triton" and not TRITON_INSTALLED:
+        raise BackendError("Triton is not installed; use 'auto' or 'torch'")
+    previous, _choice = _choice, name
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+def use_triton(x: Tensor, activation: str = "identity") -> bool:
+    """Whether a call with this input is to run Triton kernels.
+
+    Raises:
+        BackendError: the chosen backend is ``"triton"``, and the kernels cannot run.
+    """
+    if _choice == "torch" or (_choice == "auto" and not x.is_cuda):
+        return False
+    obstacle = _obstacle(x, activation)
+    if obstacle and _choice == "triton":
+        raise BackendError(f"the Triton kernels cannot run: {obstacle}; use 'auto' or 'torch'")
+    return not obstacle
+
+
+def _obstacle(x: Tensor, activation: str) -> str:
+    """What keeps the kernels from running, or nothing."""
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if activation not in TRITON_ACTIVATIONS:
+        return f"they know the activations {', '.join(TRITON_ACTIVATIONS)}, not {activation!r}"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        return "they know no transforms of torch.func"
+    if x.is_cuda:
+        properties = torch.cuda.get_device_properties(x.device)
+        if torch.version.hip is None and properties.major < 8:
+            return f"compute capability {properties.major}.{properties.minor} is below 8.0"
+        return ""
+    if x.device.type == "cpu" and INTERPRETED:
+        return ""
+    return f"the input is on {x.device}, and only a GPU or Triton's interpreter runs them"

@@ -79,7 +79,7 @@ def mint_map(
     return y.to(x.dtype), h1, h2
 
 
-def mint_layer(
+def mint_forward(
     x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
 ) -> tuple[Tensor, Tensor]:
     """The Mint layer and the diagonal of its Jacobian.

@@ -18,15 +18,16 @@ from mintnet_triton.inverse import (
     Reshaping,
     Shape,
     Solution,
-    log_abs_det,
     log_det_dtype,
 )
 from mintnet_triton.kernels import (
     Activation,
     MintWeights,
     find_activation,
-    mint_layer,
+    fixed_point,
+    mint_forward,
     mint_map,
+    use_triton,
 )
 from mintnet_triton.ordering import Order, Ordering, Triangle
 
@@ -56,6 +57,8 @@ class MintLayer(TriangularMap):
             ``"classifier"``, the paper's classifiers: as ``nn.Conv2d``; both with biases uniform in
             ±1 / sqrt(fan in). ``"near_identity"``: weights normal with deviation 1e-5, no bias.
             t starts at 1.
+        recompute: keep x alone for the backward pass, and compute the hidden layers again there;
+            an attribute that may be set at any time.
 
     Raises:
         ValueError, TypeError: an argument outside its range.
@@ -71,12 +74,14 @@ class MintLayer(TriangularMap):
         kernel_size: int | Sequence[int] = 3,
         activation: str | Activation = "elu",
         initialisation: Initialisation = "density",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check_positive(channels=channels, hidden=hidden)
         self.channels, self.size, self.hidden = channels, as_size("size", size), hidden
         self.ordering = Ordering(order, triangle)
         self.activation = find_activation(activation)
+        self.recompute = recompute
         if self.activation.slope is None:
             raise ValueError(
                 f"activation {self.activation.name!r} must have a slope for use in a Mint layer"
@@ -145,14 +150,38 @@ class MintLayer(TriangularMap):
 
     def evaluator(self) -> Evaluator:
         weights = self.effective_weights()
-        return lambda x: mint_layer(x, weights, self.activation, *self._structure)
+        return lambda x: mint_forward(x, weights, self.activation, *self._structure)[:2]
 
     def start(self, z: Tensor) -> Tensor:
         return z / self.positive_t()
 
+    def solve(
+        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        # The kernels keep no iterates that could be compared with a reference.
+        if reference is not None or not use_triton(z, self.activation.name):
+            return super().solve(z, solver, trace=trace, reference=reference)
+        x, log_det, residuals, iterations = fixed_point(
+            z,
+            self.start(z),
+            self.effective_weights(),
+            self.activation,
+            *self._structure,
+            solver.alpha,
+            solver.iterations,
+            solver.tolerance_for(z.dtype),
+        )
+        # A sample that has stopped keeps its last value in the rows that follow.
+        rows = torch.arange(1, solver.iterations + 1, device=z.device)[:, None]
+        traced = residuals.gather(0, rows.minimum(iterations)) if trace else None
+        last = residuals.gather(0, iterations[None])[0]
+        return Solution(x, -log_det, last, iterations, traced)
+
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, diagonal = self.evaluator()(x)
-        return y, log_abs_det(diagonal)  # t > 0 keeps it from zero
+        y, _, log_det = mint_forward(
+            x, self.effective_weights(), self.activation, *self._structure, self.recompute
+        )
+        return y, log_det  # t > 0 keeps the diagonal from zero
 
     def transform(self, x: Tensor) -> Tensor:
         """y alone, for use where the determinant is not wanted (a classifier).
@@ -161,7 +190,7 @@ class MintLayer(TriangularMap):
             TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
         """
         self.check("x", x, self.input_shape)
-        return mint_map(x, self.effective_weights(), self.activation, *self._structure)[0]
+        return mint_map(x, self.effective_weights(), self.activation, *self._structure)
 
     def extra_repr(self) -> str:
         return (

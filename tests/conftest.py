@@ -5,6 +5,10 @@ import os
 import pytest
 import torch
 
+# Without a GPU, kernels run in Triton's interpreter, which has to be said before they are defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Workers side by side, each with threads of its own, would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

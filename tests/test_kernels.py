@@ -2,8 +2,10 @@ import importlib
 import sys
 
 import pytest
+import torch
 
 import mintnet_triton as mint
+from mintnet_triton.kernels import backend
 
 
 def test_kernels_refuse_the_top_level_name() -> None:
@@ -12,11 +14,20 @@ def test_kernels_refuse_the_top_level_name() -> None:
         importlib.import_module("kernels")
 
 
-def test_backends() -> None:
+def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = mint.MintLayer(1, 2, 2), torch.randn(1, 1, 2, 2)
     for name in ("auto", "torch"):
         with mint.use_backend(name):
-            pass
-    with pytest.raises(mint.BackendError, match="no Triton kernels"), mint.use_backend("triton"):
-        pass
+            layer(x)
     with pytest.raises(ValueError, match="got 'cuda'"), mint.use_backend("cuda"):
+        pass
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    with mint.use_backend("triton"), pytest.raises(mint.BackendError, match="input is on cpu"):
+        layer(x)
+    custom = mint.Activation("mine", lambda a: a, torch.ones_like, torch.ones_like)
+    other = mint.MintLayer(1, 2, 2, activation=custom)
+    with mint.use_backend("triton"), pytest.raises(mint.BackendError, match="not 'mine'"):
+        other(x)
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
+    with pytest.raises(mint.BackendError, match="not installed"), mint.use_backend("triton"):
         pass

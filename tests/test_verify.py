@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,22 +60,17 @@ class Leaky(mint.MintLayer):
 class WrongDiagonal(mint.MintLayer):
     """Planted fault: one part in a million of the diagonal is amiss."""
 
-    def evaluator(self) -> Evaluator:
-        sound = super().evaluator()
-
-        def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-            y, diagonal = sound(x)
-            return y, diagonal * (1 + 1e-6)
-
-        return evaluate
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = super()._forward(x)
+        return y, log_det + x[0].numel() * math.log1p(1e-6)
 
 
 class NotANumber(mint.MintLayer):
     """Planted fault: the diagonal is no number."""
 
-    def evaluator(self) -> Evaluator:
-        sound = super().evaluator()
-        return lambda x: (sound(x)[0], sound(x)[1] * float("nan"))
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = super()._forward(x)
+        return y, log_det * float("nan")
 
 
 @pytest.mark.parametrize("kind", [Leaky, WrongDiagonal, NotANumber])

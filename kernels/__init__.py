@@ -11,12 +11,19 @@ if __name__ != "mintnet_triton.kernels":
 
 from mintnet_triton.kernels.activation import Activation, find_activation
 from mintnet_triton.kernels.backend import BackendError, use_backend, use_triton
-from mintnet_triton.kernels.dispatch import fixed_point, masked_conv2d, mint_forward, mint_map
+from mintnet_triton.kernels.dispatch import (
+    FrozenWeights,
+    fixed_point,
+    masked_conv2d,
+    mint_forward,
+    mint_map,
+)
 from mintnet_triton.kernels.reference import MintWeights
 
 __all__ = [
     "Activation",
     "BackendError",
+    "FrozenWeights",
     "MintWeights",
     "find_activation",
     "fixed_point",

@@ -1,14 +1,16 @@
 """Tile sizes of the kernels, per architecture: the one room of numbers that only a clock can judge.
 
 A tile multiplies BLOCK_M pixels, BLOCK_N output channels and BLOCK_K input channels at a time.
-BLOCK_N is not a matter of speed alone: a tile computes what *any* of its channels sees, so a wide
-tile wastes what the mask saves. 64 fits wide colours (within 1.25 times the exact work at 85
-units), 32 narrow ones (within 1.3 at 12 and 48 colours).
+The tables hold the largest ones. A tile computes what *any* of its channels sees, so large blocks
+of channels waste what the mask saves: hidden layers take the largest that waste little enough.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from mintnet_triton.kernels.work import exact, scheduled
 
 
 class Tile(NamedTuple):
@@ -20,6 +22,9 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+
+#: most multiply-adds of a tile's schedule, as a multiple of those that the mask leaves
+WASTE = 1.35
 
 #: kinds of operands: 16-bit floats; float32 in TensorFloat-32 or exactly; float64
 OPERANDS = ("half", "tf32", "ieee", "float64")
@@ -67,8 +72,25 @@ def operand(dtype: torch.dtype, precision: str) -> str:
 def hidden_tile(arch: str, operand: str, colours: int, units: int, inputs: int) -> Tile:
     """For convolutions whose outputs are hidden layers (or any other channels by colour)."""
     tile = TABLES[arch][operand][0]
-    widest = tile.block_n if units >= 32 else min(tile.block_n, 32)
-    return tile._replace(block_n=_fit(widest, colours * units), block_k=_fit(tile.block_k, inputs))
+    block_n, block_k = _hidden_blocks(tile.block_n, tile.block_k, colours, units)
+    return tile._replace(block_n=block_n, block_k=_fit(block_k, inputs))
+
+
+@cache
+def _hidden_blocks(widest_n: int, widest_k: int, colours: int, units: int) -> tuple[int, int]:
+    """The largest blocks within WASTE of what the mask leaves of a 3 x 3 kernel, or the nearest."""
+    structure = (units, units, colours, 3, "channel", "lower")
+    widest_n, widest_k = _fit(widest_n, colours * units), _fit(widest_k, colours * units)
+    candidates = [
+        (n, k)
+        for n in (widest_n, widest_n // 2)
+        for k in (widest_k, widest_k // 2)
+        if min(n, k) >= 16
+    ]
+    limit = WASTE * exact(*structure)
+    work = [scheduled(*structure, n, k) for n, k in candidates]
+    within = [blocks for blocks, count in zip(candidates, work, strict=True) if count <= limit]
+    return within[0] if within else candidates[work.index(min(work))]
 
 
 def output_tile(arch: str, operand: str, colours: int, area: int) -> Tile:

@@ -13,6 +13,7 @@ if TRITON_INSTALLED:
     from mintnet_triton.kernels import inversion as triton_inversion
     from mintnet_triton.kernels import masked_conv as triton_conv
     from mintnet_triton.kernels import mint_layer as triton_layer
+    from mintnet_triton.kernels._library import compute_dtype
 
 
 def masked_conv2d(
@@ -24,18 +25,42 @@ def masked_conv2d(
     return reference.masked_conv2d(x, weight, bias, colours, order, triangle)
 
 
+class FrozenWeights:
+    """Effective weights that do not change while this lives, packed for the kernels only once.
+
+    Args:
+        weights: without gradients.
+    """
+
+    def __init__(self, weights: MintWeights) -> None:
+        self.weights = weights
+        self._packed: dict[torch.dtype, triton_layer.Packed] = {}
+
+    def packed(self, dtype: torch.dtype) -> "triton_layer.Packed":
+        """The weights as the kernels read them, for products of that dtype."""
+        if dtype not in self._packed:
+            self._packed[dtype] = triton_layer.pack_layer(self.weights, dtype)
+        return self._packed[dtype]
+
+
 def mint_map(
-    x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
+    x: Tensor,
+    weights: MintWeights | FrozenWeights,
+    activation: Activation,
+    order: str,
+    triangle: str,
 ) -> Tensor:
     """y of a Mint layer, (B, C, H, W) in the dtype of x."""
     if use_triton(x, activation.name):
-        return triton_layer.mint_forward(x, weights, activation.name, order, triangle)[0]
+        return mint_forward(x, weights, activation, order, triangle)[0]
+    if isinstance(weights, FrozenWeights):
+        weights = weights.weights
     return reference.mint_map(x, weights, activation, order, triangle)[0]
 
 
 def mint_forward(
     x: Tensor,
-    weights: MintWeights,
+    weights: MintWeights | FrozenWeights,
     activation: Activation,
     order: str,
     triangle: str,
@@ -50,7 +75,13 @@ def mint_forward(
         y in the dtype of x, the diagonal, both (B, C, H, W), and log_det (B,), both in that of t.
     """
     if use_triton(x, activation.name):
-        return triton_layer.mint_forward(x, weights, activation.name, order, triangle, recompute)
+        structure = triton_layer.Structure(order, triangle, activation.name)
+        if isinstance(weights, FrozenWeights):
+            packed = weights.packed(compute_dtype(weights.weights.weight2))
+            return triton_layer.packed_forward(x, packed, structure)
+        return triton_layer.mint_forward(x, weights, structure, recompute)
+    if isinstance(weights, FrozenWeights):
+        weights = weights.weights
     arguments = (x, weights, activation, order, triangle)
     if recompute and torch.is_grad_enabled():
         y, diagonal = checkpoint(reference.mint_forward, *arguments, use_reentrant=False)
@@ -62,7 +93,7 @@ def mint_forward(
 def fixed_point(
     z: Tensor,
     start: Tensor,
-    weights: MintWeights,
+    weights: FrozenWeights,
     activation: Activation,
     order: str,
     triangle: str,
@@ -74,6 +105,6 @@ def fixed_point(
 
     See :class:`.inversion.Iterated` for what is returned.
     """
-    packed = triton_layer.pack_layer(weights, z.dtype)
     structure = triton_layer.Structure(order, triangle, activation.name)
+    packed = weights.packed(z.dtype)
     return triton_inversion.fixed_point(z, start, packed, structure, alpha, iterations, tolerance)

@@ -30,12 +30,13 @@ from mintnet_triton.kernels.mint_layer import (
     run_hidden,
 )
 from mintnet_triton.kernels.weights import kernel_size
+from mintnet_triton.kernels.work import metadata
 
 #: iterations between two looks at the residuals by the host
 STRIDE = 8
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata("update", units_in="units", units_out=1, own=False))
 def update_kernel(
     x_next,  # (samples, colours, height, width), as x and z
     residuals,  # row of this iteration, (samples,), as integers of the same bits

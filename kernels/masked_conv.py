@@ -3,8 +3,8 @@
 A tile of the output holds ``BLOCK_M`` pixels times ``BLOCK_N`` channels. For every tap of the
 kernel it multiplies the shifted pixels, a row of input channels each, by that tap's weights. The
 channels are colour-major, so what the mask leaves of a tap is one range of input channels
-(:func:`seen_inputs`): lower colours at every tap, the own colour at the causal taps. Nothing
-outside the range is loaded or multiplied; within it, weights beyond the mask are zeros.
+(:mod:`.ranges`): lower colours at every tap, the own colour at the causal taps. Nothing outside the
+range is loaded or multiplied; within it, weights beyond the mask are zeros.
 
 The gradient by the input is the same convolution with the opposite triangle, its weights transposed
 and turned by 180 degrees. So this room has two kernels: the convolution, and the gradient by the
@@ -21,51 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from mintnet_triton.kernels import _configs, _launch
 from mintnet_triton.kernels._library import compute_dtype, opposite, register
+from mintnet_triton.kernels.ranges import first_block, seen_inputs
 from mintnet_triton.kernels.triton_activation import activate, slope
 from mintnet_triton.kernels.weights import kernel_size, pack, pack_transposed, unpack
+from mintnet_triton.kernels.work import metadata
 
 #: programs that a gradient by weights is split into, at least, so as to fill a GPU
 GRADIENT_PROGRAMS = 512
-
-
-@triton.jit
-def seen_inputs(
-    first,
-    last,
-    units,
-    colours,
-    PLACE: tl.constexpr,
-    ORDER: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-):
-    """The input channels that output colours ``first`` to ``last`` see, as [low, high).
-
-    PLACE is negative for taps before the centre in reading order, 0 for the centre. ORDER is
-    "channel" or "pixel", or "own" for each colour seeing itself alone. Plain integers in, plain
-    integers out, so that the work of a schedule can be counted with this very function.
-    """
-    low = 0 * first
-    high = units * colours
-    if ORDER == "own":
-        low = first * units
-        high = (last + 1) * units
-    elif TRIANGLE == "lower":
-        if PLACE > 0:
-            if ORDER == "channel":
-                high = last * units
-            else:
-                high = 0 * units
-        elif PLACE == 0 or ORDER == "channel":
-            high = (last + 1) * units
-    else:
-        if PLACE < 0:
-            if ORDER == "channel":
-                low = (first + 1) * units
-            else:
-                low = units * colours
-        elif PLACE == 0 or ORDER == "channel":
-            low = first * units
-    return low, high
 
 
 @triton.jit
@@ -99,7 +61,7 @@ def add_product(
     BLOCK_K: tl.constexpr,
 ):
     """``total + rows[:, low:high] @ weights[:, low:high].T``, rounded out to whole blocks."""
-    for start in range(low // BLOCK_K * BLOCK_K, high, BLOCK_K):
+    for start in range(first_block(low, high, BLOCK_K), high, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(
             rows[:, None] + k[None, :].to(tl.int64) * stride_channel,
@@ -181,7 +143,9 @@ def add_conv(
     return total
 
 
-@triton.jit
+@triton.jit(
+    launch_metadata=metadata("masked_conv", units_in="units_in", units_out="units_out", own=False)
+)
 def masked_conv_kernel(
     out,
     x,
@@ -276,7 +240,11 @@ def masked_conv_kernel(
     )
 
 
-@triton.jit
+@triton.jit(
+    launch_metadata=metadata(
+        "weight_gradient", units_in="units_in", units_out="units_out", own=False
+    )
+)
 def weight_gradient_kernel(
     partial,  # (splits, taps, outputs, inputs)
     gradient,

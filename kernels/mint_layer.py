@@ -31,11 +31,12 @@ from mintnet_triton.kernels.masked_conv import (
     locate,
     run_conv,
     run_weight_gradient,
-    seen_inputs,
 )
+from mintnet_triton.kernels.ranges import seen_inputs
 from mintnet_triton.kernels.reference import MintWeights
 from mintnet_triton.kernels.triton_activation import activate, slope, slope_derivative
 from mintnet_triton.kernels.weights import kernel_size, pack, pack_centres, pack_transposed
+from mintnet_triton.kernels.work import metadata
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def add_own_slopes(
     )
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata("middle", units_in="units", units_out="units", own=True))
 def middle_kernel(
     h2,
     parts,  # (slots, pixels, colours)
@@ -168,7 +169,7 @@ def collect_diagonal(
     return diagonal
 
 
-@triton.jit
+@triton.jit(launch_metadata=metadata("output", units_in="units", units_out=1, own=False))
 def output_kernel(
     y,  # (samples, colours, height, width)
     diagonal,  # the same
@@ -251,7 +252,9 @@ def output_kernel(
     )
 
 
-@triton.jit
+@triton.jit(
+    launch_metadata=metadata("hidden_gradient", units_in="units_in", units_out="units", own=True)
+)
 def hidden_gradient_kernel(
     gradient,  # by this hidden layer before its activation, (pixels, stride)
     incoming,  # by what the next convolution gives
@@ -727,13 +730,16 @@ class _MintLayer(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
+def packed_forward(
+    x: Tensor, packed: Packed, structure: Structure
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
+    y, diagonal, log_det, _, _ = layer_op(x, *packed, *structure)
+    return y, diagonal, log_det
+
+
 def mint_forward(
-    x: Tensor,
-    weights: MintWeights,
-    activation: str,
-    order: str,
-    triangle: str,
-    recompute: bool = False,
+    x: Tensor, weights: MintWeights, structure: Structure, recompute: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`mintnet_triton.kernels.reference.mint_forward`, by the kernels of this room.
 
@@ -748,7 +754,7 @@ def mint_forward(
     """
     results = _MintLayer.apply(
         x, weights.weight1, weights.bias1, weights.weight2, weights.bias2, weights.weight3,
-        weights.bias3, join_centres(weights), weights.t, order, triangle, activation, recompute,
+        weights.bias3, join_centres(weights), weights.t, *structure, recompute,
     )  # fmt: skip
     y, diagonal, log_det, _, _ = results
     return y, diagonal, log_det

@@ -33,7 +33,7 @@ from mintnet_triton.inverse import (
     invert,
 )
 from mintnet_triton.kernels import Activation, BackendError, use_backend
-from mintnet_triton.mint import MintLayer, MintPair, Squeeze
+from mintnet_triton.mint import MintLayer, MintPair, Squeeze, frozen
 from mintnet_triton.ordering import Ordering, OrderingError
 from mintnet_triton.verify import VerifyReport, verify
 from mintnet_triton.version import __version__
@@ -66,6 +66,7 @@ __all__ = [
     "__version__",
     "bits_per_dim",
     "calculus",
+    "frozen",
     "invert",
     "layer_from_authors",
     "load",

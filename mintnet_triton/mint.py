@@ -1,7 +1,8 @@
 """The Mint layer, its pairs, and the squeeze between scales."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from mintnet_triton.inverse import (
 )
 from mintnet_triton.kernels import (
     Activation,
+    FrozenWeights,
     MintWeights,
     find_activation,
     fixed_point,
@@ -82,6 +84,7 @@ class MintLayer(TriangularMap):
         self.ordering = Ordering(order, triangle)
         self.activation = find_activation(activation)
         self.recompute = recompute
+        self._frozen: FrozenWeights | None = None
         if self.activation.slope is None:
             raise ValueError(
                 f"activation {self.activation.name!r} must have a slope for use in a Mint layer"
@@ -148,8 +151,16 @@ class MintLayer(TriangularMap):
             self.positive_t(),
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._frozen = None  # of another device or dtype
+        return self
+
+    def _weights(self) -> MintWeights | FrozenWeights:
+        return self._frozen or self.effective_weights()
+
     def evaluator(self) -> Evaluator:
-        weights = self.effective_weights()
+        weights = self._weights()
         return lambda x: mint_forward(x, weights, self.activation, *self._structure)[:2]
 
     def start(self, z: Tensor) -> Tensor:
@@ -164,7 +175,7 @@ class MintLayer(TriangularMap):
         x, log_det, residuals, iterations = fixed_point(
             z,
             self.start(z),
-            self.effective_weights(),
+            self._frozen or FrozenWeights(self.effective_weights()),
             self.activation,
             *self._structure,
             solver.alpha,
@@ -179,7 +190,7 @@ class MintLayer(TriangularMap):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, _, log_det = mint_forward(
-            x, self.effective_weights(), self.activation, *self._structure, self.recompute
+            x, self._weights(), self.activation, *self._structure, self.recompute
         )
         return y, log_det  # t > 0 keeps the diagonal from zero
 
@@ -190,13 +201,38 @@ class MintLayer(TriangularMap):
             TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
         """
         self.check("x", x, self.input_shape)
-        return mint_map(x, self.effective_weights(), self.activation, *self._structure)
+        return mint_map(x, self._weights(), self.activation, *self._structure)
 
     def extra_repr(self) -> str:
         return (
             f"channels={self.channels}, size={self.size}, hidden={self.hidden}, "
             f"activation={self.activation.name!r}"
         )
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the ``with`` block, the parameters of every Mint layer inside ``module`` stand still.
+
+    Their weights are masked, corrected and packed once, instead of at every call: for sampling and
+    evaluation in many batches. Changes made to the parameters inside are not seen until the end.
+    Gradients are off, as under ``torch.no_grad()``.
+
+    Args:
+        module: a layer, a network, or any module that has Mint layers inside.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, MintLayer)]
+    previous = [layer._frozen for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            # Copies: a bias is used as it is, and would follow its parameter.
+            copies = (weight.clone() for weight in layer.effective_weights())
+            layer._frozen = FrozenWeights(MintWeights(*copies))
+        try:
+            yield
+        finally:
+            for layer, weights in zip(layers, previous, strict=True):
+                layer._frozen = weights
 
 
 class MintPair(Chain, nn.Sequential):

@@ -349,3 +349,40 @@ def test_float64_under_autocast_is_refused() -> None:
     layer = mint.MintLayer(1, 2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="float64"):
         layer(torch.randn(1, 1, 2, 2).double())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_frozen_weights(backend: str) -> None:
+    flow = mint.MintNet(1, 4, pairs=2, hidden=4, squeezes=1)
+    x = torch.randn(2, 1, 4, 4)
+    with mint.use_backend(backend), torch.no_grad():
+        z, log_det = flow(x)
+        with mint.frozen(flow):
+            torch.testing.assert_close(flow(x), (z, log_det))
+            for parameter in flow.parameters():
+                parameter.mul_(2)
+            torch.testing.assert_close(flow(x), (z, log_det))
+            torch.testing.assert_close(flow.inverse(z)[0], x, rtol=0, atol=1e-4)
+            with mint.frozen(flow):
+                assert not torch.allclose(flow(x)[0], z)
+            assert torch.equal(flow(x)[0], z)
+            flow.double()
+            assert flow(x.double())[0].dtype == torch.float64
+        assert not torch.allclose(flow(x.double())[0].float(), z)
+    with mint.frozen(flow):
+        assert not flow(x.double())[0].requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_recomputing_changes_no_gradient(backend: str) -> None:
+    layer = mint.MintLayer(2, (3, 2), 3, recompute=True)
+    x = torch.randn(2, 2, 3, 2)
+    gradients = []
+    with mint.use_backend(backend):
+        for layer.recompute in (True, False):
+            y, log_det = layer(x)
+            gradients.append(
+                torch.autograd.grad(y.square().sum() + log_det.sum(), list(layer.parameters()))
+            )
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)

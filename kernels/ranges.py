@@ -1,0 +1,53 @@
+"""Which input channels a tile of outputs sees: what the kernels skip is decided here alone."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def seen_inputs(
+    first,
+    last,
+    units,
+    colours,
+    PLACE: tl.constexpr,
+    ORDER: tl.constexpr,
+    TRIANGLE: tl.constexpr,
+):
+    """The input channels that output colours ``first`` to ``last`` see, as [low, high).
+
+    PLACE is negative for taps before the centre in reading order, 0 for the centre. ORDER is
+    "channel" or "pixel", or "own" for each colour seeing itself alone. Plain integers in, plain
+    integers out, so that the work of a schedule can be counted with this very function.
+    """
+    low = 0 * first
+    high = 0 * first + units * colours
+    if ORDER == "own":
+        low = first * units
+        high = (last + 1) * units
+    elif TRIANGLE == "lower":
+        if PLACE > 0:
+            if ORDER == "channel":
+                high = last * units
+            else:
+                high = 0 * units
+        elif PLACE == 0 or ORDER == "channel":
+            high = (last + 1) * units
+    else:
+        if PLACE < 0:
+            if ORDER == "channel":
+                low = (first + 1) * units
+            else:
+                low = units * colours
+        elif PLACE == 0 or ORDER == "channel":
+            low = first * units
+    return low, high
+
+
+@triton.jit
+def first_block(low, high, BLOCK_K: tl.constexpr):
+    """Where blocks of BLOCK_K channels begin that cover [low, high): at high if it is empty."""
+    start = low // BLOCK_K * BLOCK_K
+    if low >= high:
+        start = high
+    return start

@@ -1,0 +1,85 @@
+"""The work of a kernel: what the mask leaves, what the tiles do, and the bytes that must move.
+
+Every kernel declares its own to Triton's profiler as launch metadata. One multiply-add is two
+flops. A kernel is judged by the *exact* multiply-adds, those that the mask leaves; the *scheduled*
+ones, counted with the very functions that give the kernel its ranges, say how much the tiles
+waste.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mintnet_triton.kernels.ranges import first_block, seen_inputs
+
+Metadata = Callable[[Any, Any, Mapping[str, Any]], dict[str, Any]]
+
+
+def exact(
+    units_out: int, units_in: int, colours: int, kernel: int, order: str, triangle: str
+) -> int:
+    """Multiply-adds of a masked convolution at one pixel away from the border."""
+    total = 0
+    for colour in range(colours):
+        for place in range(-(kernel**2 // 2), kernel**2 // 2 + 1):
+            low, high = seen_inputs.fn(colour, colour, units_in, colours, place, order, triangle)
+            total += (high - low) * units_out
+    return total
+
+
+def scheduled(
+    units_out: int,
+    units_in: int,
+    colours: int,
+    kernel: int,
+    order: str,
+    triangle: str,
+    block_n: int,
+    block_k: int,
+) -> int:
+    """Multiply-adds that the tiles of a masked convolution do for one pixel."""
+    total = 0
+    for start in range(0, units_out * colours, block_n):
+        first = min(start // units_out, colours - 1)
+        last = min((start + block_n - 1) // units_out, colours - 1)
+        for place in range(-(kernel**2 // 2), kernel**2 // 2 + 1):
+            low, high = seen_inputs.fn(first, last, units_in, colours, place, order, triangle)
+            blocks = len(range(first_block.fn(low, high, block_k), high, block_k))
+            total += blocks * block_k * block_n
+    return total
+
+
+def dense(units_out: int, units_in: int, colours: int, kernel: int) -> int:
+    """Multiply-adds of the same convolution without a mask."""
+    return units_out * units_in * (colours * kernel) ** 2
+
+
+def metadata(name: str, *, units_in: str | int, units_out: str | int, own: bool) -> Metadata:
+    """Launch metadata of a kernel with one masked convolution.
+
+    Args:
+        name: of the kernel.
+        units_in, units_out: names of the arguments with the channels of a colour, or numbers.
+        own: whether there is a product of every colour with itself, too.
+    """
+
+    def declare(grid: Any, compiled: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        inputs, outputs = (
+            arguments[units] if isinstance(units, str) else units for units in (units_in, units_out)
+        )
+        colours, kernel = arguments["colours"], arguments["KERNEL"]
+        structure = (arguments["ORDER"], arguments["TRIANGLE"])
+        at_pixel = exact(outputs, inputs, colours, kernel, *structure)
+        if own:
+            at_pixel += exact(outputs, outputs, colours, 1, "own", "lower")
+        pixels = arguments["samples"] * arguments["height"] * arguments["width"]
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        operand = arguments["x" if "weight" not in arguments else "weight"]
+        return {
+            "name": f"{name} {colours}x{inputs}->{colours}x{outputs}",
+            f"flops{8 * operand.element_size()}": 2 * at_pixel * pixels,
+            "bytes": sum(value.numel() * value.element_size() for value in tensors),
+        }
+
+    return declare

@@ -5,7 +5,12 @@ The tables hold the largest ones. A tile computes what *any* of its channels see
 of channels waste what the mask saves: hidden layers take the largest that waste little enough.
 """
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +55,30 @@ for _name in ("sm_80", "sm_100"):
 TABLES["gfx942"] = dict(TABLES["generic"])
 
 
+#: what is tried for hidden layers where tiles are chosen by the clock
+CANDIDATES: dict[str, list[Tile]] = {
+    "half": [
+        Tile(128, 64, 32, 8, 4),
+        Tile(128, 64, 32, 4, 4),
+        Tile(128, 64, 64, 8, 3),
+        Tile(64, 64, 32, 4, 4),
+        Tile(128, 128, 32, 8, 4),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 32, 32, 4, 4),
+        Tile(128, 32, 64, 4, 3),
+    ],
+    "tf32": [
+        Tile(128, 64, 32, 8, 3),
+        Tile(64, 64, 32, 4, 3),
+        Tile(128, 128, 32, 8, 3),
+        Tile(128, 32, 32, 4, 3),
+        Tile(128, 32, 16, 4, 4),
+    ],
+    "ieee": [Tile(64, 64, 16, 8, 2), Tile(128, 64, 16, 8, 2), Tile(64, 32, 16, 4, 2)],
+    "float64": [Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(64, 64, 16, 8, 2)],
+}
+
+
 def architecture(device: torch.device) -> str:
     """The name under which a device's tables stand."""
     if device.type != "cuda":
@@ -71,6 +100,9 @@ def operand(dtype: torch.dtype, precision: str) -> str:
 
 def hidden_tile(arch: str, operand: str, colours: int, units: int, inputs: int) -> Tile:
     """For convolutions whose outputs are hidden layers (or any other channels by colour)."""
+    tuned = _tuned().get(_key(arch, operand, colours, units))
+    if tuned is not None:
+        return tuned._replace(block_k=_fit(tuned.block_k, inputs))
     tile = TABLES[arch][operand][0]
     block_n, block_k = _hidden_blocks(tile.block_n, tile.block_k, colours, units)
     return tile._replace(block_n=block_n, block_k=_fit(block_k, inputs))
@@ -108,3 +140,46 @@ def gradient_tile(arch: str, operand: str, inputs: int, outputs: int) -> Tile:
 def _fit(widest: int, channels: int) -> int:
     """The least power of two that holds the channels, from 16 (the least a matrix unit takes)."""
     return min(widest, max(16, 1 << (channels - 1).bit_length()))
+
+
+def _key(arch: str, operand: str, colours: int, units: int) -> str:
+    """What a tuned tile depends on: never the batch."""
+    return f"{arch} {operand} {colours}x{units}"
+
+
+def _file() -> Path:
+    """Where tuned tiles are kept."""
+    folder = os.environ.get("MINTNET_TRITON_CACHE", "~/.cache/mintnet_triton")
+    return Path(folder).expanduser() / "tiles.json"
+
+
+@cache
+def _tuned() -> dict[str, Tile]:
+    """Tuned tiles by key, as the file has them at the first look."""
+    if not _file().exists():
+        return {}
+    return {key: Tile(*tile) for key, tile in json.loads(_file().read_text()).items()}
+
+
+@contextmanager
+def using(arch: str, operand: str, colours: int, units: int, tile: Tile) -> Iterator[None]:
+    """Within the block, hidden layers of this shape use this tile."""
+    tiles, key = _tuned(), _key(arch, operand, colours, units)
+    previous = tiles.get(key)
+    tiles[key] = tile
+    try:
+        yield
+    finally:
+        if previous is None:
+            del tiles[key]
+        else:
+            tiles[key] = previous
+
+
+def remember(arch: str, operand: str, colours: int, units: int, tile: Tile) -> str:
+    """Use this tile from now on, in this process and in those to come; the key it has."""
+    key = _key(arch, operand, colours, units)
+    _tuned()[key] = tile
+    _file().parent.mkdir(parents=True, exist_ok=True)
+    _file().write_text(json.dumps(_tuned(), indent=1))
+    return key

@@ -35,6 +35,7 @@ from mintnet_triton.inverse import (
 from mintnet_triton.kernels import Activation, BackendError, use_backend
 from mintnet_triton.mint import MintLayer, MintPair, Squeeze, frozen
 from mintnet_triton.ordering import Ordering, OrderingError
+from mintnet_triton.tuning import tune
 from mintnet_triton.verify import VerifyReport, verify
 from mintnet_triton.version import __version__
 
@@ -72,6 +73,7 @@ __all__ = [
     "load",
     "load_authors_checkpoint",
     "save",
+    "tune",
     "use_backend",
     "verify",
 ]

@@ -1,0 +1,73 @@
+"""Tiles chosen by the clock instead of by the tables of ``kernels/_configs.py``."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mintnet_triton.checks import check_positive
+from mintnet_triton.kernels import use_backend
+from mintnet_triton.mint import MintLayer
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+def tune(
+    module: nn.Module, batch: int = 128, timer: Timer | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Find the fastest tiles for the Mint layers inside ``module``, by training steps on its GPU.
+
+    Every shape (C, K) is measured once, for its dtype, and for the precision of float32 that
+    ``torch.set_float32_matmul_precision`` asks for. What is found is kept in a file, ``tiles.json``
+    in ``$MINTNET_TRITON_CACHE`` or ``~/.cache/mintnet_triton``, and used from then on by every
+    process, at any batch size; delete the file to go back to the tables. The last bits of results
+    may change, for sums are split otherwise. A minute or two a shape, mostly of compiling.
+
+    Args:
+        module: a layer, a network, or any module with Mint layers inside.
+        batch: samples in a step that is timed.
+        timer: runs a function several times and returns the time of one run;
+            ``triton.testing.do_bench`` by default.
+
+    Returns:
+        For every shape the tile found: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages).
+
+    Raises:
+        BackendError: the layers are not where the kernels can run.
+        ValueError, TypeError: batch is not a positive integer.
+    """
+    check_positive(batch=batch)
+    layers = {
+        (layer.channels, layer.hidden): layer
+        for layer in module.modules()
+        if isinstance(layer, MintLayer)
+    }
+    with use_backend("triton"):
+        return dict(_tune_layer(layer, batch, timer) for layer in layers.values())
+
+
+def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str, tuple[int, ...]]:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    from mintnet_triton.kernels import _configs, _launch
+
+    weight = layer.conv2.weight
+    x = torch.randn(batch, layer.channels, *layer.size, dtype=weight.dtype, device=weight.device)
+    _step(layer, x)
+    operand = _configs.operand(weight.dtype, _launch.default_precision())
+    arch = _configs.architecture(weight.device)
+    times: dict[_configs.Tile, float] = {}
+    for tile in _configs.CANDIDATES[operand]:
+        with _configs.using(arch, operand, layer.channels, layer.hidden, tile):
+            try:
+                times[tile] = (timer or do_bench)(lambda: _step(layer, x))
+            except OutOfResources:  # more shared memory or registers than there are
+                continue
+    best = min(times, key=times.__getitem__)
+    return _configs.remember(arch, operand, layer.channels, layer.hidden, best), best
+
+
+def _step(layer: MintLayer, x: Tensor) -> None:
+    y, log_det = layer(x)
+    torch.autograd.grad((y, log_det), list(layer.parameters()), (x, torch.ones_like(log_det)))

@@ -1,0 +1,55 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import mintnet_triton as mint
+from mintnet_triton.kernels import backend
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from mintnet_triton.kernels import _configs
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MINTNET_TRITON_CACHE", str(tmp_path / "cache"))
+    _configs._tuned.cache_clear()
+    yield tmp_path / "cache" / "tiles.json"
+    _configs._tuned.cache_clear()
+
+
+def test_the_fastest_tile_is_kept(cache: Path) -> None:
+    flow = mint.MintNet(1, 4, pairs=2, hidden=16, squeezes=1)
+    if torch.cuda.is_available():
+        flow = flow.cuda()
+    arch = _configs.architecture(next(flow.parameters()).device)
+    best = _configs.CANDIDATES["ieee"][1]
+    before = _configs.hidden_tile(arch, "ieee", 1, 16, 16)
+
+    def timer(step: Callable[[], object]) -> float:
+        tile = _configs.hidden_tile(arch, "ieee", 1, 16, 64)
+        if tile == _configs.CANDIDATES["ieee"][0]:
+            raise OutOfResources(2, 1, "shared memory")
+        step()
+        return 1.0 if tile == best else 2.0
+
+    found = mint.tune(flow, batch=1, timer=timer)
+    assert set(found) == {f"{arch} ieee 1x16", f"{arch} ieee 4x4"}
+    assert found[f"{arch} ieee 1x16"] == best != before
+    assert {key: tuple(tile) for key, tile in json.loads(cache.read_text()).items()} == found
+    _configs._tuned.cache_clear()  # as another process would find it
+    assert _configs.hidden_tile(arch, "ieee", 1, 16, 64) == best
+
+
+def test_tuning_needs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = mint.MintLayer(1, 2, 2)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    with pytest.raises(mint.BackendError, match="on cpu"):
+        mint.tune(layer)
+    with pytest.raises(ValueError, match="batch"):
+        mint.tune(layer, batch=0)

@@ -75,6 +75,8 @@ def _obstacle(x: Tensor, activation: str) -> str:
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
         return "they know no transforms of torch.func"
     if x.is_cuda:
+        if torch.compiler.is_compiling():  # it cannot look at a device; a launch will
+            return ""
         properties = torch.cuda.get_device_properties(x.device)
         if torch.version.hip is None and properties.major < 8:
             return f"compute capability {properties.major}.{properties.minor} is below 8.0"

@@ -36,7 +36,10 @@ from mintnet_triton.kernels.work import metadata
 STRIDE = 8
 
 
-@triton.jit(launch_metadata=metadata("update", units_in="units", units_out=1, own=False))
+@triton.jit(
+    do_not_specialize=["samples"],
+    launch_metadata=metadata("update", units_in="units", units_out=1, own=False),
+)
 def update_kernel(
     x_next,  # (samples, colours, height, width), as x and z
     residuals,  # row of this iteration, (samples,), as integers of the same bits

@@ -144,7 +144,8 @@ def add_conv(
 
 
 @triton.jit(
-    launch_metadata=metadata("masked_conv", units_in="units_in", units_out="units_out", own=False)
+    do_not_specialize=["samples"],
+    launch_metadata=metadata("masked_conv", units_in="units_in", units_out="units_out", own=False),
 )
 def masked_conv_kernel(
     out,
@@ -241,9 +242,10 @@ def masked_conv_kernel(
 
 
 @triton.jit(
+    do_not_specialize=["samples"],
     launch_metadata=metadata(
         "weight_gradient", units_in="units_in", units_out="units_out", own=False
-    )
+    ),
 )
 def weight_gradient_kernel(
     partial,  # (splits, taps, outputs, inputs)

@@ -76,7 +76,10 @@ def add_own_slopes(
     )
 
 
-@triton.jit(launch_metadata=metadata("middle", units_in="units", units_out="units", own=True))
+@triton.jit(
+    do_not_specialize=["samples"],
+    launch_metadata=metadata("middle", units_in="units", units_out="units", own=True),
+)
 def middle_kernel(
     h2,
     parts,  # (slots, pixels, colours)
@@ -169,7 +172,10 @@ def collect_diagonal(
     return diagonal
 
 
-@triton.jit(launch_metadata=metadata("output", units_in="units", units_out=1, own=False))
+@triton.jit(
+    do_not_specialize=["samples"],
+    launch_metadata=metadata("output", units_in="units", units_out=1, own=False),
+)
 def output_kernel(
     y,  # (samples, colours, height, width)
     diagonal,  # the same
@@ -253,7 +259,8 @@ def output_kernel(
 
 
 @triton.jit(
-    launch_metadata=metadata("hidden_gradient", units_in="units_in", units_out="units", own=True)
+    do_not_specialize=["samples"],
+    launch_metadata=metadata("hidden_gradient", units_in="units_in", units_out="units", own=True),
 )
 def hidden_gradient_kernel(
     gradient,  # by this hidden layer before its activation, (pixels, stride)

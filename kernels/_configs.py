@@ -38,20 +38,21 @@ OPERANDS = ("half", "tf32", "ieee", "float64")
 #: An architecture that is not listed takes "generic", which fits 64 KiB of shared memory.
 TABLES: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
     "sm_90": {
-        "half": (Tile(128, 64, 32, 8, 4), Tile(64, 32, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
+        "half": (Tile(128, 64, 32, 8, 3), Tile(64, 32, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
         "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 32, 64, 4, 3), Tile(32, 64, 64, 4, 3)),
-        "ieee": (Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(16, 64, 64, 8, 2)),
+        "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 8, 2)),
         "float64": (Tile(64, 32, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(16, 32, 32, 4, 2)),
     },
     "generic": {
         "half": (Tile(64, 64, 32, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 64, 64, 4, 3)),
         "tf32": (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2)),
-        "ieee": (Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(16, 64, 64, 8, 2)),
+        "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 4, 2)),
         "float64": (Tile(32, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 32, 4, 2)),
     },
 }
-for _name in ("sm_80", "sm_100"):
-    TABLES[_name] = dict(TABLES["sm_90"])
+TABLES["sm_100"] = dict(TABLES["sm_90"])
+# Without Hopper's matrix instruction operands pass through registers, and larger tiles spill.
+TABLES["sm_80"] = TABLES["sm_90"] | {name: TABLES["generic"][name] for name in ("half", "tf32")}
 TABLES["gfx942"] = dict(TABLES["generic"])
 
 

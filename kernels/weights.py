@@ -1,7 +1,6 @@
 """Weights as the kernels read them: by tap, one row of inputs for each output."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mintnet_triton.kernels._launch import padded
@@ -10,8 +9,9 @@ from mintnet_triton.kernels._launch import padded
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(outputs, inputs, k, k) -> (k * k, outputs, padded inputs), contiguous, with zero padding."""
     outputs, inputs, kernel, _ = weight.shape
-    rows = weight.permute(2, 3, 0, 1).reshape(kernel * kernel, outputs, inputs).to(dtype)
-    return F.pad(rows, (0, padded(inputs) - inputs)).contiguous()
+    packed = weight.new_zeros(kernel, kernel, outputs, padded(inputs), dtype=dtype)
+    packed[..., :inputs] = weight.permute(2, 3, 0, 1)
+    return packed.flatten(0, 1)
 
 
 def pack_transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,10 +29,11 @@ def unpack(packed: Tensor) -> Tensor:
 def pack_centres(centres: Tensor, dtype: torch.dtype) -> Tensor:
     """(C, K, K) -> (C * K, padded C * K): one matrix with a block for each colour."""
     colours, units, _ = centres.shape
-    rows = centres.new_zeros(colours, units, colours, units, dtype=dtype)
-    torch.diagonal(rows, dim1=0, dim2=2).copy_(centres.permute(1, 2, 0))
-    rows = rows.view(colours * units, colours * units)
-    return F.pad(rows, (0, padded(colours * units) - colours * units)).contiguous()
+    channels = colours * units
+    packed = centres.new_zeros(channels, padded(channels), dtype=dtype)
+    blocks = packed[:, :channels].unflatten(1, (colours, units)).unflatten(0, (colours, units))
+    torch.diagonal(blocks, dim1=0, dim2=2).copy_(centres.permute(1, 2, 0))
+    return packed
 
 
 def kernel_size(packed: Tensor) -> int:

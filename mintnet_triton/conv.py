@@ -81,8 +81,8 @@ class MaskedConv2d(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """Effective weight (out_channels, in_channels, k, k), a new tensor."""
-        hidden = ~self.mask[:, None, :, None]
-        return self._by_colour(self.weight).masked_fill(hidden, 0).view_as(self.weight)
+        seen = self.mask[:, None, :, None]
+        return torch.where(seen, self._by_colour(self.weight), 0).view_as(self.weight)
 
     def centre(self, weight: Tensor) -> Tensor:
         """The weights from a colour to itself at the same pixel.

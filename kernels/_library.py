@@ -5,9 +5,13 @@ lies outside, in an ``autograd.Function`` beside it: the cheapest way that ``tor
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mintnet_triton.kernels.backend import BackendError
 
 NAMESPACE = "mintnet_triton"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -30,6 +34,40 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """A gradient that depends on tensors in a way that nobody has written down."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *dependencies: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise BackendError(
+            "gradients of the Triton kernels cannot be differentiated again; use_backend('torch') "
+            "for second derivatives"
+        )
+
+
+def only_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward pass whose gradients raise where they are differentiated again.
+
+    torch's ``once_differentiable`` lets them pass for constants if the upstream gradient is one.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        tensors = [one for one in (*ctx.saved_tensors, *upstream) if isinstance(one, Tensor)]
+        once: Any = _OnlyOnce.apply
+        return tuple(None if one is None else once(one, *tensors) for one in gradients)
+
+    return wrapper
 
 
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:

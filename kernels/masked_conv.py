@@ -17,10 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mintnet_triton.kernels import _configs, _launch
-from mintnet_triton.kernels._library import compute_dtype, opposite, register
+from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
 from mintnet_triton.kernels.ranges import first_block, seen_inputs
 from mintnet_triton.kernels.triton_activation import activate, slope
 from mintnet_triton.kernels.weights import kernel_size, pack, pack_transposed, unpack
@@ -540,7 +539,7 @@ class _MaskedConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         colours, order, triangle = ctx.structure

@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mintnet_triton.kernels import _configs, _launch
-from mintnet_triton.kernels._library import compute_dtype, opposite, register
+from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
 from mintnet_triton.kernels.masked_conv import (
     add_conv,
     add_product,
@@ -695,7 +694,7 @@ class _MintLayer(torch.autograd.Function):
         ctx.save_for_backward(*tensors, diagonal, *hidden)
 
     @staticmethod
-    @once_differentiable
+    @only_once
     def backward(
         ctx: Any, by_y: Tensor, by_diagonal: Tensor, by_log_det: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:

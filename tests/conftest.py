@@ -1,6 +1,7 @@
 """Settings shared by all tests."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +13,19 @@ if not torch.cuda.is_available():
 # Workers side by side, each with threads of its own, would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-grid", action="store_true", help="every case of the kernels' grids, not pairs alone"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if find_spec("triton"):
+        from tests import grid  # not before the interpreter is chosen
+
+        grid.FULL = bool(config.getoption("full_grid"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,225 @@
+"""Algorithm 1 in kernels against the torch path."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mintnet_triton as mint
+from mintnet_triton.kernels import inversion
+from tests import grid
+from tests.test_masked_conv_kernels import ORDERINGS
+from tests.test_mint_layer_kernels import flow, random, random_layer
+
+# Of the interpreter, where a GPU is silent.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+
+
+def contracting(*arguments: Any, **keywords: Any) -> mint.MintLayer:
+    """A random layer that Algorithm 1 inverts in some ten steps."""
+    layer = random_layer(*arguments, **keywords)
+    with torch.no_grad():
+        for conv in (layer.conv1, layer.conv2, layer.conv3):
+            conv.weight.mul_(0.6)
+    return layer
+
+
+def invert(
+    module: mint.Invertible, z: Tensor, solver: mint.FixedPoint, backend: str = "triton"
+) -> mint.InversionResult:
+    with mint.use_backend(backend):
+        return mint.invert(module, z, solver, trace=True)
+
+
+def assert_same(one: mint.InversionResult, other: mint.InversionResult) -> None:
+    """Equal to rounding: a residual has that of z."""
+    wide = one.x.dtype == torch.float64
+    rtol, atol = (1e-9, 1e-13) if wide else (1e-3, 2e-6)
+    assert torch.equal(one.iterations, other.iterations)
+    assert torch.equal(one.converged, other.converged)
+    assert torch.equal(one.layer_converged, other.layer_converged)
+    assert (one.layers, one.tolerance) == (other.layers, other.tolerance)
+    assert one.trace is not None
+    assert other.trace is not None
+    values = [(one.x, other.x), (one.log_det, other.log_det), (one.residual, other.residual)]
+    values += [(one.layer_residuals, other.layer_residuals)]
+    values += list(zip(one.trace, other.trace, strict=True))
+    for computed, expected in values:
+        scale = float(expected.abs().nan_to_num(0, 0, 0).max().clamp(min=1))
+        torch.testing.assert_close(
+            computed, expected, rtol=rtol, atol=atol * 10 * scale, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("numbers", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("colours", "units", "kernels", "activation", "size", "ordering"),
+    [
+        (1, 1, 3, "elu", (1, 1), ORDERINGS[0]),
+        (1, 5, (1, 3, 3), "tanh", (3, 5), ORDERINGS[1]),
+        (3, 5, (3, 1, 3), "softplus", (2, 3), ORDERINGS[2]),
+        (3, 16, (3, 1, 1), "sigmoid", (3, 2), ORDERINGS[3]),
+        (4, 2, 3, "leaky_relu", (2, 2), ORDERINGS[0]),
+        (12, 1, (3, 3, 1), "elu", (2, 1), ORDERINGS[1]),
+        (1, 1, (1, 3, 1), "identity", (5, 14), ORDERINGS[0]),  # several tiles to an image
+        (40, 1, 1, "elu", (1, 1), ORDERINGS[2]),  # and of colours, in float64
+    ],
+)
+def test_a_layer_is_inverted_as_in_torch(
+    colours: int,
+    units: int,
+    kernels: Any,
+    activation: str,
+    size: Any,
+    ordering: Any,
+    numbers: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = contracting(colours, units, ordering, kernels, activation, size, numbers)
+    x = random(3, colours, *size, numbers=numbers)
+    with torch.no_grad(), mint.use_backend("torch"):
+        z, log_det = layer(x)
+    solver = mint.FixedPoint(iterations=10)
+    with grid.guarded(monkeypatch) as launched:
+        result = invert(layer, z, solver)
+    assert "update_kernel" in launched
+    assert_same(result, invert(layer, z, solver, "torch"))
+    if bool(result.converged.all()):
+        tolerance = 1e-9 if numbers == "float64" else 1e-3
+        torch.testing.assert_close(result.x, x, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(result.log_det, -log_det, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+def test_layouts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = contracting(3, 2, size=(2, 3))
+    z = grid.laid_out(random(2, 3, 2, 3), layout)
+    with grid.guarded(monkeypatch):
+        result = invert(layer, z, mint.FixedPoint())
+    assert bool(result.converged.all())
+    assert_same(result, invert(layer, z, mint.FixedPoint(), "torch"))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        mint.FixedPoint(iterations=1),
+        mint.FixedPoint(iterations=2),
+        mint.FixedPoint(alpha=0.5, iterations=9),
+        mint.FixedPoint(alpha=0.1, iterations=8),
+        mint.FixedPoint(iterations=7, tolerance=1e-2),
+        mint.FixedPoint(iterations=20, tolerance=0),
+    ],
+)
+def test_solvers(solver: mint.FixedPoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = contracting(2, 2, size=(2, 2))
+    z = 3 * random(3, 2, 2, 2)
+    with grid.guarded(monkeypatch):
+        result = invert(layer, z, solver)
+    other = invert(layer, z, solver, "torch")
+    if solver.tolerance == 0:  # rounding alone decides when, if ever, a residual is zero
+        assert bool((result.residual < 1e-14).all())
+        torch.testing.assert_close(result.x, other.x, rtol=1e-12, atol=1e-12)
+        assert torch.equal(result.converged, result.residual == 0)
+    else:
+        assert_same(result, other)
+
+
+@pytest.mark.parametrize("numbers", ["float64", "float32"])
+def test_samples_stop_one_by_one(numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the x, the log-det and the iterations that it has alone."""
+    layer = contracting(2, 3, activation="tanh", size=(2, 2), numbers=numbers)
+    # What the layer adds to t x is bounded: the larger z, the smaller the first residual.
+    far = torch.tensor([1e2, 1.0, 1e9, 10.0, 1e3], device=grid.DEVICE).view(-1, 1, 1, 1)
+    z = (far * random(5, 2, 2, 2)).to(grid.dtype_of(numbers))
+    solver = mint.FixedPoint(alpha=0.5, iterations=40, tolerance=1e-4)
+    with grid.guarded(monkeypatch):
+        together = invert(layer, z, solver)
+    assert bool(together.converged.all())
+    steps = together.iterations.tolist()
+    assert len(set(steps)) > 3
+    assert {step % 2 for step in steps} == {0, 1}
+    for index in range(len(z)):
+        alone = invert(layer, z[index : index + 1], solver)
+        assert alone.iterations[0] == together.iterations[index]
+        for name in ("x", "log_det", "residual"):
+            one, other = getattr(alone, name)[0], getattr(together, name)[index]
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0, msg=name)
+        # The residual is that of the x returned, not of one beside it.
+        with torch.no_grad(), mint.use_backend("torch"):
+            y, log_det = layer(together.x[index : index + 1])
+        scale = z[index].abs().max().clamp(min=1)
+        residual = (y[0] - z[index]).abs().max() / scale
+        precision = 1e-15 if numbers == "float64" else 1e-6
+        assert abs(float(residual - together.residual[index])) <= 2 * precision
+        torch.testing.assert_close(-log_det[0], together.log_det[index])
+
+
+@pytest.mark.parametrize(("numbers", "iterations"), [("float64", 3), ("float32", 9)])
+def test_a_sample_that_diverges_disturbs_no_other(
+    numbers: str, iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = contracting(1, 2, activation="identity", size=(2, 3), numbers=numbers)
+    with torch.no_grad():  # so steep off the diagonal that iterates grow at first
+        centre = layer.conv1.weight[..., 1, 1].clone()
+        layer.conv1.weight.mul_(1e4)
+        layer.conv1.weight[..., 1, 1] = centre
+    z = random(4, 1, 2, 3, numbers=numbers)
+    alone = invert(layer, z[::2], mint.FixedPoint(iterations=iterations))
+    z[1] = torch.finfo(z.dtype).max / 1e6  # finite for some iterations
+    z[3] = torch.finfo(z.dtype).max  # for none
+    with grid.guarded(monkeypatch):
+        result = invert(layer, z, mint.FixedPoint(iterations=iterations))
+    assert result.iterations[1] > 0
+    assert not bool(result.converged[1::2].any())
+    assert not bool(result.residual[1::2].isfinite().any())
+    assert torch.equal(result.converged[::2], alone.converged)
+    assert torch.equal(result.iterations[::2], alone.iterations)
+    torch.testing.assert_close(result.x[::2], alone.x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.residual[::2], alone.residual, rtol=1e-6, atol=1e-12)
+    other = invert(layer, z, mint.FixedPoint(iterations=iterations), "torch")
+    assert torch.equal(result.converged, other.converged)
+    assert torch.equal(result.iterations, other.iterations)
+    torch.testing.assert_close(result.residual[1::2], other.residual[1::2], equal_nan=True)
+
+
+def test_nothing_is_computed_after_all_have_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = contracting(1, 1, size=(1, 1))
+    z = random(2, 1, 1, 1)
+    with grid.guarded(monkeypatch) as launched:
+        result = invert(layer, z, mint.FixedPoint(iterations=100))
+    assert bool(result.converged.all())
+    assert launched.count("update_kernel") < 100
+    assert launched.count("update_kernel") % inversion.STRIDE == inversion.STRIDE - 1
+
+
+def test_a_network_is_inverted_as_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = flow(0)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, mint.MintLayer):
+                module.conv3.weight.mul_(0.2)
+    x = random(2, 1, 4, 4)
+    with torch.no_grad(), mint.use_backend("torch"):
+        z, _ = net(x)
+    with grid.guarded(monkeypatch):
+        result = invert(net, z, mint.FixedPoint())
+    assert bool(result.converged.all())
+    assert_same(result, invert(net, z, mint.FixedPoint(), "torch"))
+    torch.testing.assert_close(result.x, x, rtol=1e-9, atol=1e-9)
+
+
+def test_an_empty_batch() -> None:
+    result = invert(contracting(2, 2), random(0, 2, 3, 4), mint.FixedPoint())
+    assert result.x.shape == (0, 2, 3, 4)
+    assert result.residual.shape == result.log_det.shape == result.iterations.shape == (0,)
+
+
+def test_half_precision_is_inverted_in_float32() -> None:
+    layer = contracting(2, 2, size=(2, 2), numbers="float16")
+    z = random(2, 2, 2, 2, numbers="float16")
+    with torch.autocast(grid.DEVICE, torch.float16), grid.precision_of("tf32"):
+        result = invert(layer, z, mint.FixedPoint())
+    assert result.x.dtype == torch.float32
+    assert_same(result, invert(layer.float(), z.float(), mint.FixedPoint(), "torch"))

@@ -1,0 +1,386 @@
+"""The kernels of the Mint layer, and their gradients, against the torch path in float64."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mintnet_triton as mint
+from mintnet_triton.kernels import masked_conv, mint_forward, mint_layer
+from mintnet_triton.kernels.backend import TRITON_ACTIVATIONS
+from mintnet_triton.kernels.weights import pack
+from tests import golden, grid
+from tests.test_masked_conv_kernels import ORDERINGS
+
+
+def affordable(case: grid.Case) -> bool:
+    """At most 255 channels, and few products: the interpreter is slow."""
+    kernels = case.get("kernels", 1)
+    kernel = kernels if isinstance(kernels, int) else kernels[1]
+    channels = case.get("colours", 1) * case.get("units", 1)
+    most = 30_000 if case.get("numbers") == "float64" else 70_000
+    return channels <= 255 and (grid.FULL or channels**2 * kernel**2 <= most)
+
+
+def random_layer(
+    colours: int,
+    units: int,
+    ordering: Any = ("channel", "lower"),
+    kernels: Any = 3,
+    activation: str = "elu",
+    size: tuple[int, int] = (3, 4),
+    numbers: str = "float64",
+) -> mint.MintLayer:
+    """A layer whose hidden layers are about 1, and no gradient negligible.
+
+    At 0 the slopes of ELU and leaky ReLU jump, or theirs: rounding must not carry a hidden unit
+    across. So where numbers are rounded coarsely, biases keep the units away from it.
+    """
+    order, triangle = ordering
+    layer = mint.MintLayer(colours, size, units, triangle, order, kernels, activation)
+    coarse = activation in ("elu", "leaky_relu") and numbers not in ("float64", "float32")
+    with torch.no_grad():
+        for conv in (layer.conv1, layer.conv2, layer.conv3):
+            fan = max(1, conv.weight[0].numel() // 2)
+            limit = (0.5 if coarse else 1) * (3 / fan) ** 0.5
+            torch.nn.init.uniform_(conv.weight, -limit, limit)
+            assert conv.bias is not None
+            torch.nn.init.normal_(conv.bias, std=0.5)
+            if coarse:
+                conv.bias.copy_(2 * conv.bias.sign())
+        torch.nn.init.normal_(layer.t, mean=1, std=0.1)
+    return layer.to(grid.DEVICE, grid.dtype_of(numbers))
+
+
+def random(*shape: int, numbers: str = "float64") -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(grid.DEVICE, grid.dtype_of(numbers))
+
+
+def forward(layer: mint.MintLayer, x: Tensor, recompute: bool = False) -> tuple[Tensor, ...]:
+    ordering = layer.conv1.ordering
+    structure = (layer.activation, ordering.order, ordering.triangle)
+    return mint_forward(x, layer.effective_weights(), *structure, recompute)
+
+
+def run(
+    layer: mint.MintLayer, x: Tensor, upstream: Any, backend: str = "triton", **options: Any
+) -> dict[str, Tensor]:
+    """All results and gradients of a layer, by name."""
+    x = x.detach().requires_grad_()
+    with mint.use_backend(backend):
+        outputs = forward(layer, x, **options)
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(outputs, [x, *parameters], upstream)
+    results = dict(zip(("y", "diagonal", "log_det"), outputs, strict=True))
+    return results | dict(zip(("gradient by x", *names), gradients, strict=True))
+
+
+def exactly(layer: mint.MintLayer, x: Tensor, upstream: Any) -> dict[str, Tensor]:
+    """What :func:`run` gives in float64, in torch, of the same rounded numbers."""
+    wide = [tensor.double() for tensor in upstream]
+    return run(copy.deepcopy(layer).double(), x.double(), wide, "torch")
+
+
+def random_upstream(x: Tensor, layout: str = "contiguous") -> list[Tensor]:
+    """Gradients by y, the diagonal and log_det."""
+    by_y = grid.laid_out(torch.randn_like(x), layout)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    by_diagonal = grid.laid_out(torch.randn_like(x, dtype=wide), layout)
+    return [by_y, by_diagonal, torch.randn(len(x), dtype=wide, device=x.device)]
+
+
+def assert_all_near(computed: dict[str, Tensor], expected: Any, tolerance: float) -> None:
+    for name, value in computed.items():
+        grid.assert_near(name, value, expected[name], tolerance)
+
+
+@grid.over(
+    affordable,
+    colours=[1, 3, 4, 12],
+    units=[1, 5, 16, 45, 85],
+    kernels=[1, 3, 5, (1, 3, 5), (5, 1, 3)],
+    ordering=ORDERINGS,
+    activation=TRITON_ACTIVATIONS,
+    numbers=["float64", "float32", "tf32", "float16"],
+    size=[(1, 1), (3, 5), (7, 4), (1, 9)],
+    batch=[1, 3],
+    layout=grid.LAYOUTS,
+    upstream=grid.LAYOUTS,
+)
+def test_layer_and_its_gradients(case: grid.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = case["numbers"]
+    names = ("colours", "units", "ordering", "kernels", "activation", "size", "numbers")
+    layer = random_layer(*(case[name] for name in names))
+    x = random(case["batch"], case["colours"], *case["size"], numbers=numbers)
+    x = grid.laid_out(x, case["layout"])
+    upstream = random_upstream(x, case["upstream"])
+    with grid.guarded(monkeypatch), grid.precision_of(numbers):
+        computed = run(layer, x, upstream)
+    assert computed["y"].dtype == x.dtype
+    assert computed["diagonal"].dtype == computed["log_det"].dtype == upstream[1].dtype
+    assert_all_near(computed, exactly(layer, x, upstream), grid.TOLERANCES[numbers])
+
+
+@pytest.mark.parametrize(
+    ("colours", "units", "size", "numbers"),
+    [
+        (2, 2, (9, 11), "float64"),  # several tiles to an image, some across two
+        (2, 2, (9, 11), "tf32"),
+        (70, 1, (1, 2), "float32"),  # several tiles of colours
+        (40, 1, (1, 2), "float16"),
+        (3, 85, (1, 2), "float16"),  # of hidden units
+    ],
+)
+def test_several_tiles(
+    colours: int, units: int, size: Any, numbers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(colours, units, ("channel", "upper"), size=size, numbers=numbers)
+    x = random(2, colours, *size, numbers=numbers)
+    upstream = random_upstream(x)
+    with grid.guarded(monkeypatch), grid.precision_of(numbers):
+        computed = run(layer, x, upstream)
+    assert_all_near(computed, exactly(layer, x, upstream), grid.TOLERANCES[numbers])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", TRITON_ACTIVATIONS)
+def test_bfloat16(activation: str) -> None:
+    layer = random_layer(3, 16, activation=activation, numbers="bfloat16")
+    x = random(2, 3, 3, 4, numbers="bfloat16")
+    upstream = random_upstream(x)
+    assert_all_near(run(layer, x, upstream), exactly(layer, x, upstream), 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("colours", "units", "numbers"), [(2, 5, "float64"), (3, 16, "tf32"), (3, 5, "float16")]
+)
+@pytest.mark.parametrize("ordering", ORDERINGS[::3])
+def test_runs_are_equal_to_the_bit(colours: int, units: int, numbers: str, ordering: Any) -> None:
+    """Two runs, and one that computes the hidden layers again."""
+    layer = random_layer(colours, units, ordering, (3, 1, 3), numbers=numbers)
+    x = random(2, colours, 3, 4, numbers=numbers)
+    upstream = random_upstream(x)
+    with grid.precision_of(numbers):
+        first = run(layer, x, upstream)
+        again = run(layer, x, upstream)
+        recomputed = run(layer, x, upstream, recompute=True)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        assert torch.equal(value, recomputed[name]), name
+
+
+def test_recomputing_keeps_no_hidden_layer() -> None:
+    layer = random_layer(3, 16)
+    saved: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.shape[-1] if tensor.shape[:3] == (2, 3, 4) else 0)
+        return tensor
+
+    x = random(2, 3, 3, 4)
+    for recompute, hidden in ((False, 2), (True, 0)):
+        saved.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, mint.use_backend("triton"):
+            forward(layer, x, recompute)
+        assert saved.count(48) == hidden
+
+
+@pytest.mark.parametrize("numbers", ["float64", "float16"])
+@pytest.mark.parametrize(("colours", "units"), [(1, 1), (3, 5), (4, 5), (3, 11)])
+@pytest.mark.parametrize("activation", ["sigmoid", "elu"])
+def test_padding_channels_are_zero(
+    colours: int, units: int, numbers: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(colours, units, numbers=numbers)
+    x = random(2, colours, 3, 4, numbers=numbers)
+    structure = ("channel", "lower", activation)
+    with torch.no_grad(), grid.guarded(monkeypatch):
+        weights = layer.effective_weights()
+        packed = mint_layer.pack_layer(weights, x.dtype)
+        y, diagonal, _, h1, h2 = mint_layer.layer_op(x, *packed, *structure)
+        _, by_a1, by_a2 = mint_layer.backward_op(
+            x, h1, h2, y, diagonal, weights.weight1, weights.weight2, weights.weight3,
+            mint_layer.join_centres(weights), weights.t, *structure,
+        )  # fmt: skip
+    for hidden in (h1, h2, by_a1, by_a2):
+        assert hidden.shape[3] > colours * units
+        assert bool((hidden[..., colours * units :] == 0).all())
+        assert bool(hidden[..., : colours * units].any())
+
+
+def test_an_empty_batch() -> None:
+    layer = random_layer(3, 2)
+    x = random(0, 3, 3, 4)
+    results = run(layer, x, random_upstream(x))
+    assert results["y"].shape == results["gradient by x"].shape == (0, 3, 3, 4)
+    assert results["log_det"].shape == (0,)
+    assert not any(bool(results[name].any()) for name, _ in layer.named_parameters())
+
+
+def test_gradients_by_differences() -> None:
+    layer = random_layer(2, 2, kernels=(1, 3, 1), activation="tanh", size=(1, 2))
+    x = random(1, 2, 1, 2)
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    sizes = [value.numel() for value in inputs.values()]
+
+    class Forward(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return forward(self.layer, x)
+
+    def call(flat: Tensor) -> Tensor:
+        parts = zip(inputs.items(), flat.split(sizes), strict=True)
+        state = {f"layer.{name}": part.view(value.shape) for (name, value), part in parts}
+        outputs = torch.func.functional_call(Forward(), state, (state.pop("layer.x"),))
+        return torch.cat([output.flatten() for output in outputs])
+
+    # All inputs and all outputs at once: by one difference along a random direction.
+    flat = torch.cat([value.detach().flatten() for value in inputs.values()]).requires_grad_()
+    with mint.use_backend("triton"):
+        assert torch.autograd.gradcheck(call, flat, fast_mode=True)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_gradients_are_differentiable_once(power: int) -> None:
+    layer = random_layer(1, 2)
+    x = random(1, 1, 3, 4).requires_grad_()
+    with mint.use_backend("triton"):
+        y, log_det = layer(x)
+        convolved = masked_conv.masked_conv2d(x, random(2, 1, 3, 3), None, 1, "channel", "lower")
+    for output in (y, log_det, convolved):
+        (by_x,) = torch.autograd.grad(output.pow(power).sum(), x, create_graph=True)
+        with pytest.raises(mint.BackendError, match="second derivatives"):
+            (y.sum() + by_x.square().sum()).backward()
+
+
+def test_operators_are_well_defined() -> None:
+    layer = random_layer(2, 3, kernels=(1, 3, 1), size=(2, 3), numbers="float32")
+    x = random(2, 2, 2, 3, numbers="float32")
+    structure = ("channel", "lower")
+    with torch.no_grad():
+        weights = layer.effective_weights()
+        packed = mint_layer.pack_layer(weights, x.dtype)
+        y, diagonal, _, h1, h2 = mint_layer.layer_op(x, *packed, *structure, "elu")
+        backward = (
+            x, h1, h2, y, diagonal, weights.weight1, weights.weight2, weights.weight3,
+            mint_layer.join_centres(weights), weights.t, *structure, "elu",
+        )  # fmt: skip
+        _, by_a1, by_a2 = mint_layer.backward_op(*backward)
+    conv = (pack(weights.weight1, x.dtype), weights.bias1, 1, 2, *structure, "tanh")
+    by_weights = (x, h1, h2, y, by_a1, by_a2, diagonal, 3, [1, 3, 1], *structure, "elu")
+    last = torch.channels_last
+    for operator, arguments in (
+        (masked_conv.conv_op, (x, *conv)),
+        (masked_conv.conv_op, (x.to(memory_format=last), conv[0], None, *conv[2:])),
+        (masked_conv.weight_gradient_op, (y, x, 2, 1, *structure, torch.float32)),
+        (mint_layer.layer_op, (x, *packed, *structure, "elu")),
+        (mint_layer.layer_op, (x.to(memory_format=last), *packed, *structure, "elu")),
+        (mint_layer.backward_op, backward),
+        (mint_layer.weight_gradients_op, by_weights),
+    ):
+        detached = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
+        torch.library.opcheck(operator, tuple(detached))
+
+
+def flow(squeezes: int = 1) -> mint.MintNet:
+    """A small network of one or two scales."""
+    net = mint.MintNet(1, 4, pairs=squeezes + 1, hidden=8, squeezes=squeezes).double()
+    for module in net.modules():
+        if isinstance(module, mint.MintLayer):
+            other = random_layer(module.channels, module.hidden, size=module.size)
+            module.load_state_dict(other.state_dict())
+    return net.to(grid.DEVICE)
+
+
+def gradients_of(module: torch.nn.Module, outputs: Any, x: Tensor, upstream: Any) -> Any:
+    return torch.autograd.grad(outputs, [x, *module.parameters()], upstream)
+
+
+def test_a_network_agrees_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = flow(), random(2, 1, 4, 4).requires_grad_()
+    upstream = (random(2, 4, 2, 2), random(2))
+    with mint.use_backend("triton"), grid.guarded(monkeypatch):
+        outputs = net(x)
+        computed = (*outputs, *gradients_of(net, outputs, x, upstream))
+    outputs = net(x)
+    expected = (*outputs, *gradients_of(net, outputs, x, upstream))
+    for index, (one, other) in enumerate(zip(computed, expected, strict=True)):
+        grid.assert_near(str(index), one, other, 1e-11)
+
+
+def test_a_classifier_agrees_with_torch() -> None:
+    model = mint.MintClassifier(3, 4, classes=3, pairs=2, squeezes=1, width=4).double()
+    model.to(grid.DEVICE)
+    x, upstream = random(3, 3, 4, 4).requires_grad_(), random(3, 3)
+    with mint.use_backend("triton"):
+        computed = model(x)
+        by_kernels = gradients_of(model, computed, x, upstream)
+    expected = model(x)
+    by_torch = gradients_of(model, expected, x, upstream)
+    grid.assert_near("log-probabilities", computed, expected, 1e-11)
+    for (name, _), one, other in zip(
+        [("x", x), *model.named_parameters()], by_kernels, by_torch, strict=True
+    ):
+        # Biases before a BatchNorm have no effect: their gradients are rounding alone.
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("name", golden.LAYERS)
+def test_golden_values(name: str) -> None:
+    layer, values = golden.layer(name)
+    layer.to(grid.DEVICE)
+    with mint.use_backend("triton"):
+        y, log_det = layer(values["x"].to(grid.DEVICE))
+    golden.assert_golden(y.cpu(), values["y"])
+    golden.assert_golden(log_det.cpu(), values["log_det"])
+
+
+@pytest.mark.parametrize("numbers", ["float32", "float16"])
+def test_autocast(numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden layers are half; y has the dtype of x, diagonal and log_det are float32."""
+    layer = random_layer(3, 16, numbers="float16").float()
+    x = random(2, 3, 3, 4, numbers="float16").to(grid.dtype_of(numbers))
+    upstream = random_upstream(x)
+    hidden: list[torch.dtype] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.shape == (2, 3, 4, 48):
+            hidden.append(tensor.dtype)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.autocast(grid.DEVICE, torch.float16), grid.guarded(monkeypatch), hooks:
+        computed = run(layer, x, upstream)
+    assert hidden == [torch.float16] * 2
+    assert computed["y"].dtype == computed["gradient by x"].dtype == x.dtype
+    assert computed["diagonal"].dtype == computed["log_det"].dtype == torch.float32
+    assert all(computed[name].dtype == torch.float32 for name, _ in layer.named_parameters())
+    assert_all_near(computed, exactly(layer, x, upstream), grid.TOLERANCES["float16"])
+
+
+def results(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    outputs = module(x)
+    upstream = [torch.linspace(-1, 1, one.numel()).to(one).view_as(one) for one in outputs]
+    return (*outputs, *gradients_of(module, outputs, x, upstream))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["layer", "recompute", "network"])
+def test_compiled_equals_eager(kind: str) -> None:
+    module: torch.nn.Module = flow(0) if kind == "network" else random_layer(2, 3, size=(2, 3))
+    if isinstance(module, mint.MintLayer):
+        module.recompute = kind == "recompute"
+    x = random(2, 1, 4, 4) if kind == "network" else random(2, 2, 2, 3)
+    torch.compiler.reset()
+    with mint.use_backend("triton"):
+        eager = results(module, x)
+        compiled = results(torch.compile(module, fullgraph=True, backend="aot_eager"), x)
+    for one, other in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

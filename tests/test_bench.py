@@ -1,6 +1,15 @@
-import pytest
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import torch
+
+from bench import gpu
 from bench.ratios import ratios
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_ratio_is_naive_over_ours() -> None:
@@ -11,3 +20,58 @@ def test_ratio_is_naive_over_ours() -> None:
         ]
     }
     assert ratios(result) == {"a": pytest.approx(4.0)}
+
+
+def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--skip-tests", "--out"]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["machine"]["dry run"]
+    assert report["results"].keys() == {"conv2", "kernels", "layer", "graph", "tiles"}
+    assert not gpu.errors(report["results"])
+    rivals = {name.rsplit(", ", 1)[1] for name in report["results"]["layer"]}
+    assert rivals == {"ours", "torch", "naive", "compiled"}
+    tables = (tmp_path / "gpu.md").read_text()
+    for title in ("Middle convolution", "Forward", "Training", "Inversion", "Tiles"):
+        assert f"## {title}" in tables
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_outcomes_of_tests_are_counted() -> None:
+    printed = """
+tests/test_a.py::test_1[3x32x32 K85] PASSED                 [ 25%]
+tests/test_a.py::test_2 FAILED                              [ 50%]
+tests/test_a.py::test_3 SKIPPED (needs two devices)         [ 75%]
+FAILED tests/test_a.py::test_2 - AssertionError
+tests/test_a.py::test_4"""
+    names = [f"tests/test_a.py::test_{name}" for name in ("1[3x32x32 K85]", "2", "3", "4")]
+    assert gpu.outcomes(names, printed) == {
+        "collected": 4,
+        "passed": 1,
+        "failed": 1,
+        "skipped": 1,
+        "unfinished": 1,
+        "not passed": [names[1], names[3]],
+    }
+
+
+def test_what_went_wrong_is_listed() -> None:
+    results = {
+        "layer": {
+            "a": {"forward": {"ms": 1.0}, "training": "out of memory"},
+            "b": {"forward": "WrongResultError: y", "seconds": 1.0},
+            "c": {"skipped": "no time left"},
+        }
+    }
+    assert gpu.errors(results) == ["layer: b: forward: WrongResultError: y"]

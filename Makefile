@@ -4,13 +4,18 @@ BIN := .venv/bin
 DATA ?= digits
 OUT ?= out/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test compile-oldest lint bench clean
 
 demo: .venv/ready ## train on real digits, verify, sample, invert, draw
 	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
 
 test: .venv/ready ## all tests
 	$(BIN)/python -m pytest -n auto
+
+compile-oldest: .venv/ready ## the kernels, with the oldest Triton that they are for
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
+		--target .venv/triton-oldest triton==3.6.0
+	PYTHONPATH=$(CURDIR)/.venv/triton-oldest $(BIN)/python -m pytest -n auto tests/test_compile.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff format --check .

@@ -44,16 +44,18 @@ TABLES: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
         "float64": (Tile(64, 32, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(16, 32, 32, 4, 2)),
     },
     "generic": {
-        "half": (Tile(64, 64, 32, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 64, 64, 4, 3)),
+        "half": (Tile(64, 64, 32, 4, 2), Tile(64, 32, 64, 4, 3), Tile(32, 64, 64, 4, 3)),
         "tf32": (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(32, 64, 64, 4, 2)),
-        "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 4, 2)),
+        "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2), Tile(16, 64, 64, 8, 2)),
         "float64": (Tile(32, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(16, 32, 32, 4, 2)),
     },
 }
 TABLES["sm_100"] = dict(TABLES["sm_90"])
 # Without Hopper's matrix instruction operands pass through registers, and larger tiles spill.
 TABLES["sm_80"] = TABLES["sm_90"] | {name: TABLES["generic"][name] for name in ("half", "tf32")}
+# AMD's warps are twice as wide: with fewer of them, each thread still reads 16 bytes.
 TABLES["gfx942"] = dict(TABLES["generic"])
+TABLES["gfx942"]["ieee"] = (*TABLES["generic"]["ieee"][:2], Tile(16, 64, 64, 4, 2))
 
 
 #: what is tried for hidden layers where tiles are chosen by the clock

@@ -146,7 +146,9 @@ def fixed_point(
     batch, colours, height, width = z.shape
     outputs, stride = packed.weight2.shape[1:]
     integer = torch.int64 if z.dtype == torch.float64 else torch.int32
-    residuals = torch.zeros(iterations + 2, batch, dtype=z.dtype, device=z.device)
+    # Rows are padded, for kernels are compiled for the alignment of what they are given.
+    rows = torch.zeros(iterations + 2, _launch.padded(batch), dtype=z.dtype, device=z.device)
+    residuals = rows[:, :batch]
     residuals[0] = torch.finfo(z.dtype).max
     scale = z.abs().flatten(1).amax(1).clamp(min=1)
     copies = (start.clone(memory_format=torch.contiguous_format), torch.empty_like(z))

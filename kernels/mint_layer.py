@@ -291,6 +291,7 @@ def hidden_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,  # as BLOCK_K, of hidden channels: there may be few incoming ones
 ):
     """``s (conv(incoming) + g v s')``; see the head of this file."""
     outputs = units * colours
@@ -316,7 +317,7 @@ def hidden_gradient_kernel(
     v = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     v = add_own_slopes(
         v, other, offset, valid, stride, centres, n, outputs, units, colours,
-        ACTIVATION, PRECISION, BLOCK_K,
+        ACTIVATION, PRECISION, BLOCK_OWN,
     )  # fmt: skip
     place = offset[:, None] + n[None, :]
     g = tl.load(
@@ -546,7 +547,8 @@ def _backward(
         (by_a1, as_image(by_a2), weight2, h1, h2, centres.mT, units),
     ):
         packed = pack_transposed(weight, dtype)
-        tile = _configs.hidden_tile(arch, operand, colours, units, stride)
+        tile = _configs.hidden_tile(arch, operand, colours, units, incoming.shape[1])
+        own_tile = _configs.hidden_tile(arch, operand, colours, units, stride)
         pixels = batch * height * width
         _launch.launch(
             hidden_gradient_kernel,
@@ -556,7 +558,7 @@ def _backward(
             incoming.stride(0), incoming.stride(2), incoming.stride(3), incoming.stride(1),
             incoming.shape[1], packed.shape[2], stride, units_in, units, colours,
             ACTIVATION=activation, KERNEL=kernel_size(packed), ORDER=order, TRIANGLE=back,
-            **numerics, **_launch.blocks(tile),
+            BLOCK_OWN=own_tile.block_k, **numerics, **_launch.blocks(tile),
         )  # fmt: skip
     packed = pack_transposed(weight1, dtype)
     tile = output_tile(packed, colours, height * width, precision)

@@ -46,8 +46,10 @@ def seen_inputs(
 
 @triton.jit
 def first_block(low, high, BLOCK_K: tl.constexpr):
-    """Where blocks of BLOCK_K channels begin that cover [low, high): at high if it is empty."""
-    start = low // BLOCK_K * BLOCK_K
+    """Where blocks of BLOCK_K channels begin that cover [low, high): beyond high if it is empty.
+
+    A multiple of BLOCK_K, and Triton has to see that it is: loads are as wide as it knows.
+    """
     if low >= high:
-        start = high
-    return start
+        low = high + BLOCK_K - 1
+    return low // BLOCK_K * BLOCK_K

@@ -1,0 +1,293 @@
+"""What the kernels become when they are compiled: resources and instructions, without a GPU.
+
+Triton compiles for any architecture on any machine. So the library's own calls are made here on a
+CPU, and where they would launch a kernel, it is compiled as that launch would have it. That needs
+a process of its own, without Triton's interpreter:
+
+    python -m tests.compiled --arch sm_90 --operand half    # to standard output, or --out FILE
+    python -m tests.compiled --write                        # all of them, to tests/data
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import mintnet_triton as mint
+from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "tests" / "data" / "compiled.json"
+
+#: what the tables are compiled for; "generic" may be met on any GPU from sm_80 on
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "generic": GPUTarget("cuda", 80, 32),
+}
+
+#: one kernel's record, of numbers and names alone
+Record = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A layer, and which of its kernels are compiled."""
+
+    colours: int
+    units: int
+    size: int
+    batch: int = 16  # so that rows with a number for each sample are aligned
+    half: torch.dtype = torch.bfloat16
+    kernels: str = ".*"  # what "<kernel> of <input channels of a colour>" begins with
+    inverse: bool = True
+
+
+#: the flows' first scale whole; the others for the tiles that differ
+CASES = (
+    Case(3, 85, 32),
+    Case(48, 5, 8, kernels="middle|hidden_gradient_kernel of 5", inverse=False),
+    Case(1, 45, 28, half=torch.float16, kernels="middle", inverse=False),
+)
+
+#: for tables that a listed architecture has too: the tiles that take most memory
+GENERIC = Case(3, 85, 32, kernels="middle|weight_gradient", inverse=False)
+
+#: where every integer is 1, which Triton compiles into the kernel
+DEGENERATE = Case(1, 1, 1, batch=1)
+
+STRUCTURE = mint_layer.Structure("channel", "lower", "elu")
+
+
+class Driver:
+    """What a launch asks of a GPU's driver, for a GPU that is not there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(arch: str, operand: str) -> list[Record]:
+    """Compile the kernels of every case with an architecture's tables."""
+    triton.runtime.driver.set_active(Driver(TARGETS[arch]))
+    torch.set_float32_matmul_precision("high" if operand == "tf32" else "highest")
+    records: list[Record] = []
+    done: list[Any] = []
+    cases: tuple[Case, ...] = CASES
+    if (arch, operand) == ("sm_90", "ieee"):
+        cases = (*CASES, DEGENERATE)
+    elif arch == "generic":
+        cases = (GENERIC,)
+    case = cases[0]
+
+    def compile_launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        """In place of ``kernel[grid]``."""
+
+        def launch(*arguments: Any, **constants: Any) -> None:
+            values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+            record = describe(kernel, case, values)
+            if not re.match(case.kernels, f"{record['kernel']} of {record['units_in']}"):
+                return
+            compiled = kernel.warmup(*arguments, grid=grid, **constants)
+            if all(compiled is not other for other in done):  # the very one, from Triton's cache
+                done.append(compiled)
+                records.append(record | measure(compiled))
+
+        return launch
+
+    with (
+        patch.object(triton.JITFunction, "__getitem__", compile_launch),
+        patch.object(_configs, "architecture", lambda device: arch),
+    ):
+        for case in cases:
+            call(case, operand)
+    return [{"arch": arch, "operand": operand} | record for record in records]
+
+
+def call(case: Case, operand: str) -> None:
+    """Call what launches kernels: a layer and its gradients, its inversion, a convolution."""
+    batch, colours, size = case.batch, case.colours, case.size
+    hidden = colours * case.units
+    dtype = torch.float64 if operand == "float64" else torch.float32
+    layer = mint.MintLayer(colours, size, case.units).to(dtype)
+    weights = layer.effective_weights()
+    x = torch.zeros(batch, colours, size, size, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", case.half, enabled=operand == "half"):
+        y, _, log_det = mint_layer.mint_forward(x, weights, STRUCTURE)
+        torch.autograd.backward((y, log_det), (torch.ones_like(y), torch.ones_like(log_det)))
+        masked_conv.masked_conv2d(
+            torch.zeros(batch, hidden, size, size, dtype=dtype),
+            torch.zeros(hidden, hidden, 3, 3, dtype=dtype),
+            None, colours, STRUCTURE.order, STRUCTURE.triangle,
+        )  # fmt: skip
+    if case.inverse and operand in ("ieee", "float64"):  # an inversion is never rounded
+        with torch.no_grad():
+            packed = mint_layer.pack_layer(weights, dtype)
+            inversion.fixed_point(x, x, packed, STRUCTURE, 1.0, 1, 1e-5)
+
+
+def describe(kernel: Any, case: Case, values: dict[str, Any]) -> Record:
+    """Which launch it is."""
+    return {
+        "kernel": kernel.__name__,
+        "layer": [case.colours, case.units, case.size],
+        "units_in": values.get("units_in", values.get("units")),
+        "tile": [values[f"BLOCK_{axis}"] for axis in "MNK"],
+        "warps": values["num_warps"],
+        "stages": values["num_stages"],
+    }
+
+
+def measure(compiled: Any) -> Record:
+    """What became of it: bytes of shared memory and of a thread's stack, registers, instructions.
+
+    ``copies`` are asynchronous copies from global memory to shared memory, ``loads`` those to
+    registers, both by their bytes.
+    """
+    shared = {"shared": compiled.metadata.shared}
+    if "ptx" in compiled.asm:
+        return shared | nvidia_resources(compiled.asm["cubin"]) | nvidia_code(compiled.asm["ptx"])
+    return shared | amd(compiled.asm["amdgcn"])
+
+
+def nvidia_resources(cubin: bytes) -> Record:
+    """As ptxas allotted them. Registers that it spilled are on the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        found = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
+        assert found
+        registers, stack = int(found[1]), int(found[2])
+        in_loops = spills_in_loops(dump("-sass")) if stack else 0
+    return {"registers": registers, "stack": stack, "spills_in_loops": in_loops}
+
+
+def spills_in_loops(sass: str) -> int:
+    """Loads and stores of the stack between a branch back and where it leads."""
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?(\w+)([^;]*);", sass, re.MULTILINE)
+    loops = [
+        (int(target[1], 16), int(at, 16))
+        for at, name, rest in code
+        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", rest))
+    ]
+    spills = [int(at, 16) for at, name, _ in code if name in ("LDL", "STL")]
+    return sum(any(start <= at <= stop for start, stop in loops) for at in spills)
+
+
+def nvidia_code(ptx: str) -> Record:
+    kinds = re.findall(r"\b(wgmma\.mma|mma\.sync|tcgen05\.mma)", ptx)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global [^;]*?, 0x([0-9a-f]+)", ptx)
+    loads = re.findall(r"\bld\.global[.:\w]*?(?:\.v(\d))?\.[bufs](\d+)\b", ptx)
+    return {
+        "matrix": count(kinds),
+        "copies": count(int(size, 16) for size in copies),
+        "loads": count(int(vector or 1) * int(bits) // 8 for vector, bits in loads),
+    }
+
+
+AMD_SIZES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def amd(assembly: str) -> Record:
+    """Spilled vector registers are on the stack; scalar ones mostly in vector registers."""
+
+    def entry(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found, name
+        return int(found[1])
+
+    loads = re.findall(r"\b(?:global|buffer)_load_[us]?(byte|short|dword(?:x\d)?)\b", assembly)
+    return {
+        "registers": entry("vgpr_count"),
+        "stack": entry("private_segment_fixed_size"),
+        "spills_in_loops": entry("vgpr_spill_count"),  # wherever they are
+        "scalar_spills": entry("sgpr_spill_count"),
+        "matrix": count(re.findall(r"\bv_(mfma_\w+?)_\d+x\d+x\w+", assembly)),
+        "copies": {},
+        "loads": count(AMD_SIZES[name] for name in loads),
+    }
+
+
+def count(found: Any) -> dict[str, int]:
+    """How often each occurs, as JSON has it."""
+    return {str(key): times for key, times in sorted(Counter(found).items())}
+
+
+def compile_elsewhere(arch: str, operand: str) -> list[Record]:
+    """:func:`compile_all` in a process without the interpreter.
+
+    Raises:
+        RuntimeError: it failed; the message is what the process wrote.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["MINTNET_TRITON_CACHE"] = os.devnull  # the tables alone, no tiles tuned here
+    module = ["-W", "error", "-m", "tests.compiled"]
+    result = subprocess.run(
+        [sys.executable, *module, "--arch", arch, "--operand", operand],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if result.returncode:
+        raise RuntimeError(f"{arch} {operand}\n{result.stdout}{result.stderr}")
+    records: list[Record] = json.loads(result.stdout)
+    return records
+
+
+def report(records: list[Record]) -> str:
+    """JSON, one record a line."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    return f'{{"triton": "{triton.__version__}", "records": [\n{lines}\n]}}\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", choices=TARGETS)
+    parser.add_argument("--operand", choices=_configs.OPERANDS)
+    parser.add_argument("--out", type=Path, help="a file for the records of one of each")
+    parser.add_argument("--write", action="store_true", help="write the report of all anew")
+    options = parser.parse_args()
+    if options.write:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = pool.map(
+                lambda pair: compile_elsewhere(*pair), product(TARGETS, _configs.OPERANDS)
+            )
+            REPORT.write_text(report([record for part in parts for record in part]))
+    elif options.arch and options.operand:
+        text = json.dumps(compile_all(options.arch, options.operand))
+        if options.out:
+            options.out.write_text(text)
+        else:
+            print(text)
+    else:
+        parser.error("either --write, or --arch and --operand")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Every kernel compiles for every architecture, within its limits, to the instructions meant."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from mintnet_triton.kernels import _configs  # noqa: E402
+from tests.compiled import REPORT, TARGETS, Record, compile_elsewhere  # noqa: E402
+
+#: bytes of shared memory that a block may have; the generic tables are for GPUs not known
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+    "generic": 64 * 1024,
+}
+
+#: bytes of the stack, outside loops: ptxas spills a few registers to fit one more block on a core
+STACK = 32
+
+#: bytes of an operand
+SIZES = {"half": 2, "tf32": 4, "ieee": 4, "float64": 8}
+
+TURNED = {("sm_90", "tf32"), ("sm_100", "tf32")}
+
+
+@pytest.mark.parametrize("operand", _configs.OPERANDS)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_compiles(arch: str, operand: str) -> None:
+    records = compile_elsewhere(arch, operand)
+    assert records
+    problems = [f"{problem}: {record}" for record in records for problem in find_problems(record)]
+    assert not problems, "\n".join(problems)
+
+    report = json.loads(REPORT.read_text())
+    if report["triton"] != triton.__version__:  # which allots registers in its own way
+        pytest.skip(f"all is well; the report to compare with is of Triton {report['triton']}")
+    spilled = [r for r in records if r["stack"] > STACK or r["spills_in_loops"]]
+    assert not spilled
+    expected = [r for r in report["records"] if (r["arch"], r["operand"]) == (arch, operand)]
+    assert records == expected, "if the change is meant: python -m tests.compiled --write"
+
+
+def find_problems(record: Record) -> Iterator[str]:
+    if record["shared"] > SHARED[record["arch"]]:
+        yield "too much shared memory"
+    if record["layer"][1] > 1:  # a degenerate layer need only compile
+        yield from find_matrix_problems(record)
+        yield from find_load_problems(record)
+
+
+def find_matrix_problems(record: Record) -> Iterator[str]:
+    """Products are the matrix unit's; NVIDIA's has none of exact float32, AMD's has."""
+    arch, operand = record["arch"], record["operand"]
+    if bool(record["matrix"]) != (operand != "ieee" or arch == "gfx942"):
+        yield "matrix instructions"
+    # Hopper's own instruction, which takes 64 rows, is for operands of at most 32 bits.
+    rows = record["tile"][1 if record["kernel"] == "weight_gradient_kernel" else 0]
+    hopper = arch == "sm_90" and operand in ("half", "tf32") and rows >= 64
+    if ("wgmma.mma" in record["matrix"]) != hopper:
+        yield "Hopper's matrix instructions"
+
+
+def find_load_problems(record: Record) -> Iterator[str]:
+    """Rows of hidden layers and weights are read 16 bytes at a time."""
+    arch, operand, kernel = record["arch"], record["operand"], record["kernel"]
+    if kernel in ("middle_kernel", "hidden_gradient_kernel") and record["units_in"] > 1:
+        # Both operands have such rows; 16 bytes, or all that a thread has of a small tile.
+        block_m, block_n, block_k = record["tile"]
+        threads = record["warps"] * (64 if arch == "gfx942" else 32)
+        widest = {
+            str(min(16, rows * block_k * SIZES[operand] // threads)) for rows in (block_m, block_n)
+        }
+        # AMD's loads are not told apart from those of biases and the like.
+        if arch == "gfx942" and not widest <= set(record["loads"]):
+            yield f"no loads of {widest} bytes"
+        if arch != "gfx942" and set(record["copies"]) != widest:
+            yield f"copies not of {widest} bytes"
+    elif kernel != "masked_conv_kernel":  # which reads images in any layout
+        # From Hopper on, TensorFloat-32 is multiplied with pixels side by side: 4 bytes at a time.
+        turned = kernel == "weight_gradient_kernel" and (arch, operand) in TURNED
+        if not turned and "16" not in record["copies"] | record["loads"]:
+            yield "no loads of 16 bytes"

@@ -4,13 +4,17 @@ BIN := .venv/bin
 DATA ?= digits
 OUT ?= out/demo
 
-.PHONY: demo test compile-oldest lint bench clean
+.PHONY: demo test test-grid compile-oldest lint bench clean
 
 demo: .venv/ready ## train on real digits, verify, sample, invert, draw
 	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
 
 test: .venv/ready ## all tests
 	$(BIN)/python -m pytest -n auto
+
+test-grid: .venv/ready ## the kernels over the full grid of cases: an hour or two without a GPU
+	$(BIN)/python -m pytest -n auto --full-grid tests/test_masked_conv_kernels.py \
+		tests/test_mint_layer_kernels.py tests/test_inversion_kernels.py
 
 compile-oldest: .venv/ready ## the kernels, with the oldest Triton that they are for
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \

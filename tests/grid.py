@@ -1,6 +1,7 @@
 """What the tests of the kernels share: grids of cases, tolerances, layouts, guarded launches."""
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from mintnet_triton.kernels import _launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-#: whether grids run whole (``pytest --full-grid``) or in a pairwise subset
+#: whether grids run in full (``pytest --full-grid``) or in a pairwise subset
 FULL = False
 
 Case = dict[str, Any]
@@ -28,13 +29,14 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 
 
 def over(
-    allowed: Callable[[Case], bool] = lambda case: True, **values: Sequence[Any]
+    allowed: Callable[[Case], bool], main: Sequence[str], **values: Sequence[Any]
 ) -> pytest.MarkDecorator:
-    """Parametrize a test by ``case``: all allowed combinations, or a pairwise subset of them.
+    """Parametrize a test by ``case``: a pairwise subset of all combinations, or the full grid.
 
-    ``allowed`` may be asked about incomplete cases: it is to use ``case.get``.
+    ``allowed`` may be asked about incomplete cases: it is to use ``case.get``. The full grid has
+    every combination of the ``main`` parameters, each with some values of the others.
     """
-    cases = whole(allowed, **values) if FULL else pairwise(allowed, **values)
+    cases = full(allowed, main, **values) if FULL else pairwise(allowed, **values)
     return pytest.mark.parametrize("case", cases, ids=_name)
 
 
@@ -43,9 +45,17 @@ def _name(case: Case) -> str:
     return "-".join(",".join(map(str, value)) for value in values)
 
 
-def whole(allowed: Callable[[Case], bool], **values: Sequence[Any]) -> list[Case]:
-    """Every allowed combination."""
-    every = (dict(zip(values, row, strict=True)) for row in itertools.product(*values.values()))
+def full(
+    allowed: Callable[[Case], bool], main: Sequence[str], **values: Sequence[Any]
+) -> list[Case]:
+    """Every allowed combination of the main parameters, with the others drawn by lot."""
+    lot = random.Random(0)
+    rows = itertools.product(*(values[name] for name in main))
+    every = (
+        {name: lot.choice(choices) for name, choices in values.items()}
+        | dict(zip(main, row, strict=True))
+        for row in rows
+    )
     return [case for case in every if allowed(case)]
 
 

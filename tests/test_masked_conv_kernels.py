@@ -47,6 +47,7 @@ def random_weight(left: Tensor, numbers: str = "float64") -> Tensor:
 
 @grid.over(
     affordable,
+    main=["colours", "inputs", "outputs", "kernel", "ordering", "numbers"],
     colours=[1, 3, 4, 12],
     inputs=[1, 5, 16, 45, 85],
     outputs=[1, 5, 16, 45, 85],

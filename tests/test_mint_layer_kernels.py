@@ -98,6 +98,7 @@ def assert_all_near(computed: dict[str, Tensor], expected: Any, tolerance: float
 
 @grid.over(
     affordable,
+    main=["colours", "units", "kernels", "ordering", "numbers"],
     colours=[1, 3, 4, 12],
     units=[1, 5, 16, 45, 85],
     kernels=[1, 3, 5, (1, 3, 5), (5, 1, 3)],

@@ -91,9 +91,13 @@ def random_upstream(x: Tensor, layout: str = "contiguous") -> list[Tensor]:
     return [by_y, by_diagonal, torch.randn(len(x), dtype=wide, device=x.device)]
 
 
+#: sums over the image of terms of either sign, which may cancel where their errors do not
+SUMS = ("log_det", "conv1.bias", "conv2.bias", "conv3.bias")
+
+
 def assert_all_near(computed: dict[str, Tensor], expected: Any, tolerance: float) -> None:
     for name, value in computed.items():
-        grid.assert_near(name, value, expected[name], tolerance)
+        grid.assert_near(name, value, expected[name], tolerance * (2 if name in SUMS else 1))
 
 
 @grid.over(

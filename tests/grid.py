@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.cases import relative_rms
 from mintnet_triton.kernels import _launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,10 +106,9 @@ def assert_near(name: str, computed: Tensor, expected: Tensor, tolerance: float)
     if computed.numel() == 0:
         return
     assert bool(computed.isfinite().all()), f"{name} is not finite"
-    expected = expected.detach().double()
-    error = computed.detach().double() - expected
-    rms = float(error.square().mean().sqrt() / expected.square().mean().sqrt().clamp(min=1e-300))
-    peak = float(error.abs().max() / expected.abs().max().clamp(min=1e-300))
+    rms = relative_rms(computed, expected)
+    error = (computed.detach().double() - expected.detach().double()).abs().max()
+    peak = float(error / expected.detach().double().abs().max().clamp(min=1e-300))
     assert rms <= tolerance, f"{name}: relative RMS error {rms:.3g}, tolerance {tolerance:.3g}"
     assert peak <= PEAK * tolerance, f"{name}: largest error {peak:.3g}, {PEAK} x {tolerance:.3g}"
 

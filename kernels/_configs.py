@@ -158,10 +158,21 @@ def _file() -> Path:
 
 @cache
 def _tuned() -> dict[str, Tile]:
-    """Tuned tiles by key, as the file has them at the first look."""
-    if not _file().exists():
+    """Tuned tiles by key, as the file has them at the first look.
+
+    Raises:
+        ValueError: the file is not one that :func:`remember` wrote.
+    """
+    return _read()
+
+
+def _read() -> dict[str, Tile]:
+    if not _file().is_file():
         return {}
-    return {key: Tile(*tile) for key, tile in json.loads(_file().read_text()).items()}
+    try:
+        return {key: Tile(*tile) for key, tile in json.loads(_file().read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_file()} holds no tuned tiles ({error}); delete it") from error
 
 
 @contextmanager
@@ -184,5 +195,8 @@ def remember(arch: str, operand: str, colours: int, units: int, tile: Tile) -> s
     key = _key(arch, operand, colours, units)
     _tuned()[key] = tile
     _file().parent.mkdir(parents=True, exist_ok=True)
-    _file().write_text(json.dumps(_tuned(), indent=1))
+    # What other processes have found meanwhile is kept; the file is never half written.
+    part = _file().with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(_read() | {key: tile}, indent=1))
+    part.replace(_file())
     return key

@@ -65,7 +65,7 @@ class Activation:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if _KNOWN.get(self.name) is self:  # by name, for the functions have none of their own
+        if is_known(self):  # by name, for the functions have none of their own
             return find_activation, (self.name,)
         return Activation, (
             self.name,
@@ -130,6 +130,15 @@ _KNOWN = {
         ),
     )
 }
+
+
+#: names of the activations of this package, which the kernels know too
+NAMES = tuple(sorted(_KNOWN))
+
+
+def is_known(activation: Activation) -> bool:
+    """Whether it is one of this module's own, and not another that has the name of one."""
+    return _KNOWN.get(activation.name) is activation
 
 
 def find_activation(activation: str | Activation) -> Activation:

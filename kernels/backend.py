@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from mintnet_triton.kernels.activation import Activation, is_known
+
 _NAMES = ("auto", "torch", "triton")
 _choice = "auto"
 
@@ -15,9 +17,6 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 #: whether kernels run in Triton's interpreter, on a CPU: it has to be said before they are defined
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-#: activations that the kernels know
-TRITON_ACTIVATIONS = ("elu", "identity", "leaky_relu", "sigmoid", "softplus", "tanh")
 
 
 class BackendError(RuntimeError):
@@ -34,7 +33,8 @@ def use_backend(name: str) -> Iterator[None]:
             :class:`BackendError` where the kernels cannot run. They run on a GPU of compute
             capability 8.0 or above (or an AMD one), and on a CPU in Triton's interpreter (with
             TRITON_INTERPRET=1 set before this package is imported; for tests, for it is slow). They
-            know activations by name alone, and their gradients cannot be differentiated again.
+            know this package's own activations alone, and their gradients cannot be differentiated
+            again.
 
     Raises:
         ValueError: ``name`` is none of the three.
@@ -52,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
-def use_triton(x: Tensor, activation: str = "identity") -> bool:
+def use_triton(x: Tensor, activation: Activation | None = None) -> bool:
     """Whether a call with this input is to run Triton kernels.
 
     Raises:
@@ -66,12 +66,12 @@ def use_triton(x: Tensor, activation: str = "identity") -> bool:
     return not obstacle
 
 
-def _obstacle(x: Tensor, activation: str) -> str:
+def _obstacle(x: Tensor, activation: Activation | None) -> str:
     """What keeps the kernels from running, or nothing."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    if activation not in TRITON_ACTIVATIONS:
-        return f"they know the activations {', '.join(TRITON_ACTIVATIONS)}, not {activation!r}"
+    if activation is not None and not is_known(activation):
+        return f"they know no activation but this package's own, and {activation.name!r} is not one"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
         return "they know no transforms of torch.func"
     if x.is_cuda:

@@ -51,7 +51,7 @@ def mint_map(
     triangle: str,
 ) -> Tensor:
     """y of a Mint layer, (B, C, H, W) in the dtype of x."""
-    if use_triton(x, activation.name):
+    if use_triton(x, activation):
         return mint_forward(x, weights, activation, order, triangle)[0]
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
@@ -74,7 +74,7 @@ def mint_forward(
     Returns:
         y in the dtype of x, the diagonal, both (B, C, H, W), and log_det (B,), both in that of t.
     """
-    if use_triton(x, activation.name):
+    if use_triton(x, activation):
         structure = triton_layer.Structure(order, triangle, activation.name)
         if isinstance(weights, FrozenWeights):
             packed = weights.packed(compute_dtype(weights.weights.weight2))

@@ -153,7 +153,10 @@ class MintLayer(TriangularMap):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._frozen = None  # of another device or dtype
+        if self._frozen is not None:
+            weights = MintWeights(*(fn(weight) for weight in self._frozen.weights))
+            t = weights.t.to(log_det_dtype(weights.t))
+            self._frozen = FrozenWeights(weights._replace(t=t))
         return self
 
     def _weights(self) -> MintWeights | FrozenWeights:
@@ -164,13 +167,13 @@ class MintLayer(TriangularMap):
         return lambda x: mint_forward(x, weights, self.activation, *self._structure)[:2]
 
     def start(self, z: Tensor) -> Tensor:
-        return z / self.positive_t()
+        return z / (self._frozen.weights.t if self._frozen else self.positive_t())
 
     def solve(
         self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
     ) -> Solution:
         # The kernels keep no iterates that could be compared with a reference.
-        if reference is not None or not use_triton(z, self.activation.name):
+        if reference is not None or not use_triton(z, self.activation):
             return super().solve(z, solver, trace=trace, reference=reference)
         x, log_det, residuals, iterations = fixed_point(
             z,
@@ -224,15 +227,18 @@ def frozen(module: nn.Module) -> Iterator[None]:
     layers = [layer for layer in module.modules() if isinstance(layer, MintLayer)]
     previous = [layer._frozen for layer in layers]
     with torch.no_grad():
-        for layer in layers:
-            # Copies: a bias is used as it is, and would follow its parameter.
-            copies = (weight.clone() for weight in layer.effective_weights())
-            layer._frozen = FrozenWeights(MintWeights(*copies))
+        # Copies: a bias is used as it is, and would follow its parameter.
+        copies = [
+            MintWeights(*(weight.clone() for weight in layer.effective_weights()))
+            for layer in layers
+        ]
         try:
+            for layer, weights in zip(layers, copies, strict=True):
+                layer._frozen = FrozenWeights(weights)
             yield
         finally:
-            for layer, weights in zip(layers, previous, strict=True):
-                layer._frozen = weights
+            for layer, frozen_before in zip(layers, previous, strict=True):
+                layer._frozen = frozen_before
 
 
 class MintPair(Chain, nn.Sequential):

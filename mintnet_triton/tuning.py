@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mintnet_triton.checks import check_positive
-from mintnet_triton.kernels import use_backend
+from mintnet_triton.kernels import BackendError, use_backend
 from mintnet_triton.mint import MintLayer
 
 Timer = Callable[[Callable[[], object]], float]
@@ -33,7 +33,7 @@ def tune(
         For every shape the tile found: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages).
 
     Raises:
-        BackendError: the layers are not where the kernels can run.
+        BackendError: the layers are not where the kernels can run, or no tile fits.
         ValueError, TypeError: batch is not a positive integer.
     """
     check_positive(batch=batch)
@@ -64,6 +64,8 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
                 times[tile] = (timer or do_bench)(lambda: _step(layer, x))
             except OutOfResources:  # more shared memory or registers than there are
                 continue
+    if not times:
+        raise BackendError("no tile fits the memory of this GPU")
     best = min(times, key=times.__getitem__)
     return _configs.remember(arch, operand, layer.channels, layer.hidden, best), best
 

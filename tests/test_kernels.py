@@ -24,9 +24,14 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", False)
     with mint.use_backend("triton"), pytest.raises(mint.BackendError, match="input is on cpu"):
         layer(x)
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    custom = mint.Activation("tanh", lambda a: a, torch.ones_like, torch.ones_like)
+    false_tanh = mint.MintLayer(1, 2, 2, activation=custom)
+    with mint.use_backend("triton"), pytest.raises(mint.BackendError, match="'tanh' is not one"):
+        false_tanh(x)
     custom = mint.Activation("mine", lambda a: a, torch.ones_like, torch.ones_like)
     other = mint.MintLayer(1, 2, 2, activation=custom)
-    with mint.use_backend("triton"), pytest.raises(mint.BackendError, match="not 'mine'"):
+    with mint.use_backend("triton"), pytest.raises(mint.BackendError, match="'mine' is not one"):
         other(x)
     monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
     with pytest.raises(mint.BackendError, match="not installed"), mint.use_backend("triton"):

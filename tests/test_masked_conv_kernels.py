@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.kernels import _configs, _launch, masked_conv, reference
-from mintnet_triton.kernels.activation import find_activation
-from mintnet_triton.kernels.backend import TRITON_ACTIVATIONS
+from mintnet_triton.kernels.activation import NAMES, find_activation
 from mintnet_triton.kernels.weights import pack
 from mintnet_triton.ordering import Order, Ordering, Triangle
 from tests import grid
@@ -133,7 +132,7 @@ def test_bfloat16(ordering: Any) -> None:
     grid.assert_near("gradient by weight", gradients[1][left], expected[1][left], tolerance)
 
 
-@pytest.mark.parametrize("activation", TRITON_ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("numbers", ["float64", "float32", "float16"])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_activation_and_bias_per_sample(

@@ -10,7 +10,7 @@ from torch import Tensor
 import mintnet_triton as mint
 from bench.cases import relative_rms
 from mintnet_triton.kernels import masked_conv, mint_forward, mint_layer
-from mintnet_triton.kernels.backend import TRITON_ACTIVATIONS
+from mintnet_triton.kernels.activation import NAMES
 from mintnet_triton.kernels.weights import pack
 from tests import golden, grid
 from tests.test_masked_conv_kernels import ORDERINGS
@@ -108,7 +108,7 @@ def assert_all_near(
     units=[1, 5, 16, 45, 85],
     kernels=[1, 3, 5, (1, 3, 5), (5, 1, 3)],
     ordering=ORDERINGS,
-    activation=TRITON_ACTIVATIONS,
+    activation=NAMES,
     numbers=["float64", "float32", "tf32", "float16"],
     size=[(1, 1), (3, 5), (7, 4), (1, 9)],
     batch=[1, 3],
@@ -152,7 +152,7 @@ def test_several_tiles(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("activation", TRITON_ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_bfloat16(activation: str) -> None:
     layer = random_layer(3, 16, activation=activation, numbers="bfloat16")
     x = random(2, 3, 3, 4, numbers="bfloat16")

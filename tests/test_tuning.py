@@ -46,6 +46,30 @@ def test_the_fastest_tile_is_kept(cache: Path) -> None:
     assert _configs.hidden_tile(arch, "ieee", 1, 16, 64) == best
 
 
+def test_what_others_found_is_kept_and_what_is_no_tile_is_refused(cache: Path) -> None:
+    assert _configs.remember("sm_90", "half", 3, 4, _configs.Tile(1, 2, 3, 4, 5))
+    cache.write_text('{"other": [64, 64, 32, 4, 3]}')
+    _configs.remember("sm_90", "half", 3, 5, _configs.Tile(1, 2, 3, 4, 5))
+    assert json.loads(cache.read_text()).keys() == {"other", "sm_90 half 3x5"}
+    for text in ("{", "[]", '{"sm_90 ieee 1x2": [64]}'):
+        cache.write_text(text)
+        _configs._tuned.cache_clear()
+        with pytest.raises(ValueError, match=r"tiles\.json holds no tuned tiles"):
+            _configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
+
+
+def test_no_tile_fits() -> None:
+    layer = mint.MintLayer(1, 2, 2)
+    if torch.cuda.is_available():
+        layer = layer.cuda()
+
+    def timer(step: Callable[[], object]) -> float:
+        raise OutOfResources(2, 1, "shared memory")
+
+    with pytest.raises(mint.BackendError, match="no tile fits"):
+        mint.tune(layer, batch=1, timer=timer)
+
+
 def test_tuning_needs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = mint.MintLayer(1, 2, 2)
     monkeypatch.setattr(backend, "INTERPRETED", False)

@@ -10,7 +10,7 @@ if __name__ != "mintnet_triton.kernels":
     )
 
 from mintnet_triton.kernels.activation import Activation, find_activation
-from mintnet_triton.kernels.backend import BackendError, use_backend, use_triton
+from mintnet_triton.kernels.backend import BackendError, full_float32, use_backend, use_triton
 from mintnet_triton.kernels.dispatch import (
     FrozenWeights,
     fixed_point,
@@ -27,6 +27,7 @@ __all__ = [
     "MintWeights",
     "find_activation",
     "fixed_point",
+    "full_float32",
     "masked_conv2d",
     "mint_forward",
     "mint_map",

@@ -82,16 +82,18 @@ CANDIDATES: dict[str, list[Tile]] = {
 }
 
 
+def _table(arch: str) -> dict[str, tuple[Tile, Tile, Tile]]:
+    return TABLES.get(arch, TABLES["generic"])
+
+
 def architecture(device: torch.device) -> str:
-    """The name under which a device's tables stand."""
+    """The name under which a device's tables stand, if it has any of its own."""
     if device.type != "cuda":
         return "sm_90"  # the interpreter runs what a GPU would
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
-    return name if name in TABLES else "generic"
+        return str(properties.gcnArchName.split(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def operand(dtype: torch.dtype, precision: str) -> str:
@@ -106,7 +108,7 @@ def hidden_tile(arch: str, operand: str, colours: int, units: int, inputs: int) 
     tuned = _tuned().get(_key(arch, operand, colours, units))
     if tuned is not None:
         return tuned._replace(block_k=_fit(tuned.block_k, inputs))
-    tile = TABLES[arch][operand][0]
+    tile = _table(arch)[operand][0]
     block_n, block_k = _hidden_blocks(tile.block_n, tile.block_k, colours, units)
     return tile._replace(block_n=block_n, block_k=_fit(block_k, inputs))
 
@@ -130,13 +132,13 @@ def _hidden_blocks(widest_n: int, widest_k: int, colours: int, units: int) -> tu
 
 def output_tile(arch: str, operand: str, colours: int, area: int) -> Tile:
     """For convolutions whose outputs are the colours themselves; no tile spans two images."""
-    tile = TABLES[arch][operand][1]
+    tile = _table(arch)[operand][1]
     return tile._replace(block_m=_fit(tile.block_m, area), block_n=_fit(tile.block_n, colours))
 
 
 def gradient_tile(arch: str, operand: str, inputs: int, outputs: int) -> Tile:
     """For gradients by the weights."""
-    tile = TABLES[arch][operand][2]
+    tile = _table(arch)[operand][2]
     return tile._replace(block_n=_fit(tile.block_n, outputs), block_k=_fit(tile.block_k, inputs))
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from mintnet_triton.kernels import _configs
 
-#: the multiple of channels to which rows of hidden layers and weights are padded: 16-byte loads
+#: the multiple of channels to which rows of hidden layers and weights are padded: in every dtype,
+#: a row then begins where 16 bytes can be loaded
 ALIGN = 16
 
 
@@ -62,6 +64,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if 0 in grid:
         return
     device = arguments[0].device
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.device != device:
+            raise ValueError(
+                f"{kernel.__name__} was given tensors on {device} and on {argument.device}"
+            )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # Multiply-adds in one rounding: Triton's own default changes in 3.10.
         kernel[grid](*arguments, **constants, enable_fp_fusion=True)

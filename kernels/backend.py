@@ -52,6 +52,19 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the block, float32 is not multiplied in TensorFloat-32, by any backend."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
 def use_triton(x: Tensor, activation: Activation | None = None) -> bool:
     """Whether a call with this input is to run Triton kernels.
 

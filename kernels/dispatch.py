@@ -76,6 +76,8 @@ def mint_forward(
     """
     if use_triton(x, activation):
         structure = triton_layer.Structure(order, triangle, activation.name)
+        if isinstance(weights, FrozenWeights) and torch.is_grad_enabled() and x.requires_grad:
+            weights = weights.weights
         if isinstance(weights, FrozenWeights):
             packed = weights.packed(compute_dtype(weights.weights.weight2))
             return triton_layer.packed_forward(x, packed, structure)
@@ -84,7 +86,9 @@ def mint_forward(
         weights = weights.weights
     arguments = (x, weights, activation, order, triangle)
     if recompute and torch.is_grad_enabled():
-        y, diagonal = checkpoint(reference.mint_forward, *arguments, use_reentrant=False)
+        y, diagonal = checkpoint(
+            reference.mint_forward, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
     else:
         y, diagonal = reference.mint_forward(*arguments)
     return y, diagonal, diagonal.log().flatten(1).sum(1)

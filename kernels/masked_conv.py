@@ -529,6 +529,7 @@ class _MaskedConv(torch.autograd.Function):
         dtype = compute_dtype(weight)
         units = weight.shape[1] // colours
         packed = pack(weight, dtype)
+        bias = None if bias is None else bias.contiguous()
         return cast(Tensor, conv_op(x, packed, bias, units, colours, order, triangle, "identity"))
 
     @staticmethod

@@ -357,16 +357,31 @@ def join_centres(weights: MintWeights) -> Tensor:
 
 def pack_layer(weights: MintWeights, dtype: torch.dtype) -> Packed:
     """Pack a layer's weights for products of that dtype."""
-    centres = join_centres(weights)
+    return pack_parts(*weights[:6], join_centres(weights), weights.t, dtype=dtype)
+
+
+def pack_parts(
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    centres: Tensor,
+    t: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> Packed:
+    """The same, of weights whose centres are joined."""
     return Packed(
-        pack(weights.weight1, dtype),
-        weights.bias1,
-        pack(weights.weight2, dtype),
-        weights.bias2,
-        pack(weights.weight3, dtype),
-        weights.bias3,
+        pack(weight1, dtype),
+        bias1.contiguous(),
+        pack(weight2, dtype),
+        bias2.contiguous(),
+        pack(weight3, dtype),
+        bias3.contiguous(),
         pack_centres(centres, dtype),
-        weights.t.contiguous(),
+        t.contiguous(),
     )
 
 
@@ -661,6 +676,7 @@ class _MintLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight1: Tensor,
         bias1: Tensor,
@@ -674,48 +690,33 @@ class _MintLayer(torch.autograd.Function):
         triangle: str,
         activation: str,
         recompute: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dtype = compute_dtype(weight2)
-        packed = Packed(
-            pack(weight1, dtype), bias1, pack(weight2, dtype), bias2, pack(weight3, dtype), bias3,
-            pack_centres(centres, dtype), t.contiguous(),
-        )  # fmt: skip
-        return cast(
-            tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-            layer_op(x, *packed, order, triangle, activation),
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, order, triangle, activation, ctx.recompute = inputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = (weight1, bias1, weight2, bias2, weight3, bias3, centres, t)
         ctx.structure = (order, triangle, activation)
-        _, diagonal, _, h1, h2 = output
-        ctx.dtype = h1.dtype
-        ctx.mark_non_differentiable(h1, h2)
-        hidden = () if ctx.recompute else (h1, h2)
-        ctx.save_for_backward(*tensors, diagonal, *hidden)
+        ctx.dtype, ctx.recompute = compute_dtype(weight2), recompute
+        packed = pack_parts(*parts, dtype=ctx.dtype)
+        y, diagonal, log_det, h1, h2 = layer_op(x, *packed, *ctx.structure)
+        ctx.save_for_backward(x, *parts, diagonal, *(() if recompute else (h1, h2)))
+        return y, diagonal, log_det
 
     @staticmethod
     @only_once
     def backward(
-        ctx: Any, by_y: Tensor, by_diagonal: Tensor, by_log_det: Tensor, *_: Any
+        ctx: Any, by_y: Tensor, by_diagonal: Tensor, by_log_det: Tensor
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        x, weight1, bias1, weight2, bias2, weight3, bias3, centres, t, diagonal = saved[:10]
-        dtype = ctx.dtype
+        x, *parts, diagonal = ctx.saved_tensors[:10]
+        weight1, bias1, weight2, _, weight3, _, centres, t = parts
         if ctx.recompute:
-            packed = Packed(
-                pack(weight1, dtype), bias1, pack(weight2, dtype), bias2, pack(weight3, dtype),
-                bias3, pack_centres(centres, dtype), t.contiguous(),
-            )  # fmt: skip
+            packed = pack_parts(*parts, dtype=ctx.dtype)
             _, _, _, h1, h2 = layer_op(x, *packed, *ctx.structure)
         else:
-            h1, h2 = saved[10:]
+            h1, h2 = ctx.saved_tensors[10:]
         # log_det is the sum of the diagonal's logarithms.
         by_diagonal = by_diagonal + by_log_det.view(-1, 1, 1, 1) / diagonal
         by_x, by_a1, by_a2 = backward_op(
-            x, h1, h2, by_y, by_diagonal, weight1, weight2, weight3, centres, t, *ctx.structure
-        )
+            x, h1, h2, by_y, by_diagonal, weight1, weight2, weight3, centres, t.contiguous(),
+            *ctx.structure,
+        )  # fmt: skip
         gradients: list[Tensor | None] = [by_x] + [None] * 8
         if any(ctx.needs_input_grad[1:8]):
             by_weights = weight_gradients_op(
@@ -764,5 +765,4 @@ def mint_forward(
         x, weights.weight1, weights.bias1, weights.weight2, weights.bias2, weights.weight3,
         weights.bias3, join_centres(weights), weights.t, *structure, recompute,
     )  # fmt: skip
-    y, diagonal, log_det, _, _ = results
-    return y, diagonal, log_det
+    return cast(tuple[Tensor, Tensor, Tensor], results)

@@ -15,7 +15,7 @@ LEAKY_SLOPE = tl.constexpr(activation.LEAKY_SLOPE)
 def activate(a, NAME: tl.constexpr):
     """h(a)."""
     if NAME == "elu":
-        h = tl.where(a > 0, a, tl.exp(tl.minimum(a, 0.0)) - 1)
+        h = tl.where(a < 0, tl.exp(a) - 1, a)  # tl.minimum would lose NaN
     elif NAME == "leaky_relu":
         h = tl.where(a > 0, a, a * LEAKY_SLOPE)
     elif NAME == "softplus":
@@ -34,7 +34,7 @@ def activate(a, NAME: tl.constexpr):
 def slope(h, NAME: tl.constexpr):
     """h'(a), read off h(a)."""
     if NAME == "elu":
-        s = tl.minimum(h, 0.0) + 1
+        s = tl.where(h > 0, 1.0, h + 1).to(h.dtype)
     elif NAME == "leaky_relu":
         # Not of two Python floats, which would be float32.
         s = tl.where(h > 0, tl.full(h.shape, 1.0, h.dtype), tl.full(h.shape, LEAKY_SLOPE, h.dtype))

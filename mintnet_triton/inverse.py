@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mintnet_triton.checks import NonFiniteError, check_finite, check_integer, check_tensor
+from mintnet_triton.kernels import full_float32
 
 Evaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
 Shape = tuple[int | None, ...]
@@ -330,7 +331,7 @@ def invert(
     """Invert a layer, a pair, a network or anything of the calculus, and report how it went.
 
     Never runs below float32: half-precision z and parameters are taken to float32 first, and
-    autocast is off inside. Not differentiable.
+    autocast and TensorFloat-32 are off inside. Not differentiable.
 
     Args:
         module: what to invert.
@@ -353,7 +354,7 @@ def invert(
     module = _at_least_float32(module)
     z = _prepare(module, "z", z, module.output_shape)
     stages = list(module.stages())
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), full_float32():
         references: list[Tensor | None] = [None] * len(stages)
         if reference is not None:
             point = _prepare(module, "reference", reference, module.input_shape)

@@ -159,6 +159,9 @@ class MintLayer(TriangularMap):
             self._frozen = FrozenWeights(weights._replace(t=t))
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_frozen": None}  # a copy has parameters of its own
+
     def _weights(self) -> MintWeights | FrozenWeights:
         return self._frozen or self.effective_weights()
 
@@ -222,8 +225,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Gradients are off, as under ``torch.no_grad()``.
 
     Args:
-        module: a layer, a network, or any module that has Mint layers inside.
+        module: a layer, a network, or any module that has Mint layers inside; a copy of it made in
+            the block is not frozen.
+
+    Raises:
+        TypeError: ``module`` is not a module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     layers = [layer for layer in module.modules() if isinstance(layer, MintLayer)]
     previous = [layer._frozen for layer in layers]
     with torch.no_grad():
@@ -238,7 +247,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             for layer, frozen_before in zip(layers, previous, strict=True):
-                layer._frozen = frozen_before
+                # The layer may have gone to another dtype or device meanwhile.
+                fits = frozen_before is not None and (
+                    frozen_before.weights.weight2.dtype == layer.conv2.weight.dtype
+                    and frozen_before.weights.weight2.device == layer.conv2.weight.device
+                )
+                layer._frozen = frozen_before if fits else None
 
 
 class MintPair(Chain, nn.Sequential):

@@ -17,11 +17,12 @@ def tune(
 ) -> dict[str, tuple[int, ...]]:
     """Find the fastest tiles for the Mint layers inside ``module``, by training steps on its GPU.
 
-    Every shape (C, K) is measured once, for its dtype, and for the precision of float32 that
-    ``torch.set_float32_matmul_precision`` asks for. What is found is kept in a file, ``tiles.json``
-    in ``$MINTNET_TRITON_CACHE`` or ``~/.cache/mintnet_triton``, and used from then on by every
-    process, at any batch size; delete the file to go back to the tables. The last bits of results
-    may change, for sums are split otherwise. A minute or two a shape, mostly of compiling.
+    Every shape (C, K) is measured once, for its dtype (or autocast's, if it is on), and for the
+    precision of float32 that ``torch.set_float32_matmul_precision`` asks for. What is found is kept
+    in a file, ``tiles.json`` in ``$MINTNET_TRITON_CACHE`` or ``~/.cache/mintnet_triton``, and used
+    from then on by every process, at any batch size; delete the file to go back to the tables. The
+    last bits of results may change, for sums are split otherwise. A minute or two a shape, mostly
+    of compiling.
 
     Args:
         module: a layer, a network, or any module with Mint layers inside.
@@ -34,15 +35,17 @@ def tune(
 
     Raises:
         BackendError: the layers are not where the kernels can run, or no tile fits.
-        ValueError, TypeError: batch is not a positive integer.
+        ValueError, TypeError: batch is not a positive integer, or ``module`` not a module.
     """
     check_positive(batch=batch)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     layers = {
         (layer.channels, layer.hidden): layer
         for layer in module.modules()
         if isinstance(layer, MintLayer)
     }
-    with use_backend("triton"):
+    with use_backend("triton"), torch.enable_grad():
         return dict(_tune_layer(layer, batch, timer) for layer in layers.values())
 
 
@@ -51,14 +54,17 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
     from triton.testing import do_bench
 
     from mintnet_triton.kernels import _configs, _launch
+    from mintnet_triton.kernels._library import compute_dtype
 
     weight = layer.conv2.weight
     x = torch.randn(batch, layer.channels, *layer.size, dtype=weight.dtype, device=weight.device)
     _step(layer, x)
-    operand = _configs.operand(weight.dtype, _launch.default_precision())
+    operand = _configs.operand(compute_dtype(weight), _launch.default_precision())
     arch = _configs.architecture(weight.device)
     times: dict[_configs.Tile, float] = {}
-    for tile in _configs.CANDIDATES[operand]:
+    width = _launch.padded(layer.channels * layer.hidden)
+    present = _configs.hidden_tile(arch, operand, layer.channels, layer.hidden, width)
+    for tile in dict.fromkeys([present, *_configs.CANDIDATES[operand]]):
         with _configs.using(arch, operand, layer.channels, layer.hidden, tile):
             try:
                 times[tile] = (timer or do_bench)(lambda: _step(layer, x))

@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Workers side by side, each with threads of its own, would fight for the cores.
+# The tables alone: no tiles that were tuned on this machine.
+os.environ["MINTNET_TRITON_CACHE"] = os.devnull
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

@@ -13,6 +13,7 @@ from mintnet_triton.ordering import Order, Triangle
 from tests import golden
 from tests.jacobian import assert_triangular_with_log_det
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACTIVATIONS = ["elu", "leaky_relu", "softplus", "tanh", "sigmoid"]
 
 
@@ -353,8 +354,8 @@ def test_float64_under_autocast_is_refused() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_frozen_weights(backend: str) -> None:
-    flow = mint.MintNet(1, 4, pairs=2, hidden=4, squeezes=1)
-    x = torch.randn(2, 1, 4, 4)
+    flow = mint.MintNet(1, 4, pairs=2, hidden=4, squeezes=1).to(DEVICE)
+    x = torch.randn(2, 1, 4, 4, device=DEVICE)
     with mint.use_backend(backend), torch.no_grad():
         z, log_det = flow(x)
         with mint.frozen(flow):
@@ -375,8 +376,8 @@ def test_frozen_weights(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_recomputing_changes_no_gradient(backend: str) -> None:
-    layer = mint.MintLayer(2, (3, 2), 3, recompute=True)
-    x = torch.randn(2, 2, 3, 2)
+    layer = mint.MintLayer(2, (3, 2), 3, recompute=True).to(DEVICE)
+    x = torch.randn(2, 2, 3, 2, device=DEVICE)
     gradients = []
     with mint.use_backend(backend):
         for layer.recompute in (True, False):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mintnet_triton as mint
 from bench.cases import relative_rms
-from mintnet_triton.kernels import masked_conv, mint_forward, mint_layer
+from mintnet_triton.kernels import _launch, masked_conv, mint_forward, mint_layer
 from mintnet_triton.kernels.activation import NAMES
 from mintnet_triton.kernels.weights import pack
 from tests import golden, grid
@@ -391,3 +391,73 @@ def test_compiled_equals_eager(kind: str) -> None:
         compiled = results(torch.compile(module, fullgraph=True, backend="aot_eager"), x)
     for one, other in zip(compiled, eager, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("name", ["conv1.weight", "conv1.bias", "conv2.bias", "conv3.bias", "t"])
+def test_nan_is_not_lost(name: str, activation: str) -> None:
+    layer = random_layer(1, 2, activation=activation)
+    with torch.no_grad():
+        dict(layer.named_parameters())[name].view(-1)[0] = float("nan")
+    x = random(2, 1, 3, 4)
+    upstream = random_upstream(x)
+    computed, expected = (run(layer, x, upstream, backend) for backend in ("triton", "torch"))
+    # The gradients by torch also hold NaN where a zero of the mask has met one.
+    for one in ("y", "diagonal", "log_det") if name == "t" else expected:
+        assert not bool((expected[one].isnan() & ~computed[one].isnan()).any()), one
+    with mint.use_backend("triton"):
+        result = mint.invert(layer, x, mint.FixedPoint(iterations=3))
+    assert not bool(result.converged.any())
+
+
+def test_parameters_may_have_any_strides() -> None:
+    layer = random_layer(2, 3, size=(3, 4))
+    x = random(2, 2, 3, 4)
+    upstream = random_upstream(x)
+    expected = run(layer, x, upstream)
+    for conv in (layer.conv1, layer.conv2, layer.conv3):
+        assert conv.bias is not None
+        conv.bias = torch.nn.Parameter(conv.bias.detach().repeat_interleave(2)[::2])
+        conv.weight = torch.nn.Parameter(conv.weight.detach().mT.contiguous().mT)
+    layer.t = torch.nn.Parameter(layer.t.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0))
+    assert not layer.t.is_contiguous()
+    computed = run(layer, x, upstream)
+    for name, value in expected.items():
+        assert torch.equal(computed[name], value), name
+
+
+def test_an_inversion_never_takes_tensorfloat(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(1, 2, size=(2, 2), numbers="float32")
+    x = random(1, 1, 2, 2, numbers="float32")
+    taken = []
+    launch = _launch.launch
+
+    def record(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        taken.append(constants["PRECISION"])
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(_launch, "launch", record)
+    solver = mint.FixedPoint(iterations=2)
+    with mint.use_backend("triton"), grid.precision_of("tf32"):
+        z, _ = layer(x)
+        assert set(taken) == {"tf32"}
+        taken.clear()
+        mint.invert(layer, z.detach(), solver)
+        mint.invert(layer, z.detach(), solver, trace=True, reference=x)
+        assert set(taken) == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_frozen_weights_give_gradients_by_the_input_and_are_not_copied() -> None:
+    layer = random_layer(1, 2)
+    x = random(2, 1, 3, 4).requires_grad_()
+    with mint.use_backend("triton"):
+        (expected,) = torch.autograd.grad(layer(x)[1].sum(), x)
+        with mint.frozen(layer):
+            twin = copy.deepcopy(layer)
+            with torch.enable_grad():
+                (computed,) = torch.autograd.grad(layer(x)[1].sum(), x)
+        assert torch.equal(computed, expected)
+        assert twin(x)[0].requires_grad
+        torch.nn.init.zeros_(twin.conv3.weight)
+        assert not torch.equal(twin(x)[0], layer(x)[0])

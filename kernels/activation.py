@@ -26,10 +26,11 @@ class Activation:
         slope: h(a) -> h'(a), from the output alone; accurate to rounding of the *output*. A Mint
             layer needs it.
         inverse: h(a) -> a; NaN or infinite outside the range of h. None leaves it to Algorithm 1.
+        steepest: a bound of the derivative, which an inverse that is sure to converge needs.
 
     Raises:
-        ValueError: on [-30, 30], the derivative is negative or not that of the function, or the
-            slope is not the derivative.
+        ValueError: on [-30, 30], the derivative is negative or not that of the function, the slope
+            is not the derivative, or the derivative exceeds its bound.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Activation:
     derivative: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor] | None = None
     inverse: Callable[[Tensor], Tensor] | None = None
+    steepest: float | None = None
 
     def __post_init__(self) -> None:
         # An even number of points: 0, where a kink may be, is not among them.
@@ -55,6 +57,11 @@ class Activation:
         self._compare("derivative", slopes, exact)
         if self.slope is not None:
             self._compare("slope", self.slope(h.detach()), exact)
+        if self.steepest is not None and not float(slopes.max()) <= self.steepest < torch.inf:
+            raise ValueError(
+                f"activation {self.name!r}: steepest must be finite and bound the derivative, "
+                f"which reaches {float(slopes.max()):.3g}, got {self.steepest}"
+            )
 
     def _compare(self, name: str, computed: Tensor, exact: Tensor) -> None:
         error = (computed - exact).abs() / exact.abs().clamp(min=1)
@@ -73,6 +80,7 @@ class Activation:
             self.derivative,
             self.slope,
             self.inverse,
+            self.steepest,
         )
 
 
@@ -91,6 +99,7 @@ _KNOWN = {
             derivative=lambda a: a.clamp(max=0).exp(),
             slope=lambda h: h.clamp(max=0).add_(1),
             inverse=lambda h: torch.where(h > 0, h, h.clamp(max=0).log1p()),
+            steepest=1.0,
         ),
         Activation(
             "leaky_relu",
@@ -98,6 +107,7 @@ _KNOWN = {
             derivative=_leaky_slope,
             slope=_leaky_slope,
             inverse=lambda h: torch.where(h > 0, h, h / LEAKY_SLOPE),
+            steepest=1.0,
         ),
         Activation(
             "softplus",
@@ -106,6 +116,7 @@ _KNOWN = {
             derivative=torch.sigmoid,
             slope=lambda h: -torch.expm1(-h),
             inverse=lambda h: h + torch.log(-torch.expm1(-h)),
+            steepest=1.0,
         ),
         Activation(
             "tanh",
@@ -113,6 +124,7 @@ _KNOWN = {
             derivative=lambda a: 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a),
             slope=lambda h: 1 - h * h,
             inverse=torch.atanh,
+            steepest=1.0,
         ),
         Activation(
             "sigmoid",
@@ -120,6 +132,7 @@ _KNOWN = {
             derivative=lambda a: torch.sigmoid(a) * torch.sigmoid(-a),
             slope=lambda h: h * (1 - h),
             inverse=torch.logit,
+            steepest=0.25,
         ),
         Activation(
             "identity",
@@ -127,6 +140,7 @@ _KNOWN = {
             derivative=torch.ones_like,
             slope=torch.ones_like,
             inverse=lambda h: h,
+            steepest=1.0,
         ),
     )
 }

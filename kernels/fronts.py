@@ -1,0 +1,305 @@
+"""The wavefront: a Mint layer inverted exactly, in the order of dependency, in plain PyTorch.
+
+Once all variables before it are known, an output of a Mint layer is a function of its own variable
+alone, ``g(x) = t x + k3 + D3 h(k2 + D2 h(k1 + D1 x))``, where k1, k2 and k3 are what the known
+variables contribute and D1, D2, D3 are the centre weights. Its slope lies in [t, t + L^2 D3 D2 D1],
+with L the steepest slope of h: so g(x) = z has one solution, and Newton's method finds it without
+fail inside the bracket that both bounds give, bisecting where it is slow.
+
+Variables that do not depend on each other are solved at once: a *front*. All there is in a layer
+are a few dozen fronts, each of which costs its share of one forward pass, and K x K for each step
+of Newton's method.
+
+This is the plain version: :mod:`.wavefront_cpu` and :mod:`.wavefront` compute the same faster.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mintnet_triton.kernels.activation import Activation
+from mintnet_triton.kernels.reference import MintWeights
+
+#: most steps of Newton's method: enough to bisect a bracket of 1e20 down to 1e-16
+STEPS = 400
+#: how far rounding may move the bounds of a slope, in units of the last place
+SLACK = 64
+
+
+class Wave(NamedTuple):
+    """What a wavefront has found."""
+
+    x: Tensor  # (B, C, H, W)
+    diagonal: Tensor  # of the Jacobian at x, the same shape
+    error: Tensor  # f(x) - z as the last step of Newton's method saw it, the same shape
+    steps: Tensor  # of Newton's method, int64, the same shape
+
+
+def empty_wave(z: Tensor) -> Wave:
+    """Room for what is found."""
+    x, diagonal, error = (torch.empty_like(z) for _ in range(3))
+    return Wave(x, diagonal, error, torch.empty_like(z, dtype=torch.int64))
+
+
+class Slopes(NamedTuple):
+    """Slopes of both hidden layers, (B, C*K, H, W), which make a layer linear: ``h(a) = s a``."""
+
+    first: Tensor
+    second: Tensor
+
+
+def front_numbers(colours: int, height: int, width: int, radius: int, order: str) -> Tensor:
+    """Which front every variable of a lower triangle belongs to, from 0: (C, H, W), int64.
+
+    A variable depends on none of its own front or a later one, whatever it sees through three
+    convolutions of at most that radius. If H and W exceed the radius, no schedule of a layer whose
+    kernels all have that radius has fewer fronts.
+    """
+    colour, row, column = (torch.arange(size) for size in (colours, height, width))
+    colour, row = colour[:, None, None], row[:, None]
+    if radius == 0:
+        return colour.expand(colours, height, width)
+    plane = (radius + 1) * row + column
+    if order == "channel":
+        return plane + (radius + 1) ** 2 * colour
+    return colours * plane + colour
+
+
+def seen_before(order: str, colour: int, colours: int, kernel: int) -> list[tuple[int, int, int]]:
+    """What a convolution shows a colour of the variables before its own, in a lower triangle.
+
+    Returns:
+        The colour seen, and how many rows and columns away.
+    """
+    radius = kernel // 2
+    found = []
+    for other in range(colours):
+        for dy in range(-radius, radius + 1):
+            for dx in range(-radius, radius + 1):
+                place = dy * kernel + dx
+                if order == "channel":
+                    seen = other < colour or (other == colour and place < 0)
+                else:
+                    seen = place < 0 or (place == 0 and other < colour)
+                if seen:
+                    found.append((other, dy, dx))
+    return found
+
+
+def reverse(images: Tensor, colours: int) -> Tensor:
+    """The variables (B, C * units, H, W) in the reverse order, in which upper triangles are lower.
+
+    The units of a colour keep their order.
+    """
+    by_colour: Tensor = images.unflatten(1, (colours, -1))
+    return by_colour.flip(1, 3, 4).flatten(1, 2)
+
+
+def reverse_weights(weights: MintWeights) -> MintWeights:
+    """The weights of the layer that maps reversed variables to reversed ones."""
+    colours = len(weights.t)
+
+    def conv(weight: Tensor) -> Tensor:
+        blocks: Tensor = weight.unflatten(1, (colours, -1)).unflatten(0, (colours, -1))
+        return blocks.flip(0, 2, 4, 5).flatten(0, 1).flatten(1, 2)
+
+    def bias(values: Tensor) -> Tensor:
+        by_colour: Tensor = values.unflatten(0, (colours, -1))
+        return by_colour.flip(0).flatten()
+
+    return MintWeights(
+        conv(weights.weight1),
+        bias(weights.bias1),
+        conv(weights.weight2),
+        bias(weights.bias2),
+        conv(weights.weight3),
+        bias(weights.bias3),
+        weights.centre1.flip(0),
+        weights.centre2.flip(0),
+        weights.centre3.flip(0),
+        weights.t.flip(0, 1, 2),
+    )
+
+
+def transpose_weights(weights: MintWeights) -> MintWeights:
+    """The weights of the transposed layer, which has the opposite triangle, without its biases.
+
+    Its slopes are those of the layer in the opposite order.
+    """
+
+    def conv(weight: Tensor) -> Tensor:
+        return weight.flip(2, 3).transpose(0, 1)
+
+    return MintWeights(
+        conv(weights.weight3),
+        torch.zeros_like(weights.bias2),
+        conv(weights.weight2),
+        torch.zeros_like(weights.bias1),
+        conv(weights.weight1),
+        torch.zeros_like(weights.bias3),
+        weights.centre3,
+        weights.centre2.transpose(1, 2),
+        weights.centre1,
+        weights.t,
+    )
+
+
+def steepest_share(weights: MintWeights, hidden: Activation | Slopes) -> Tensor:
+    """``L^2 D3 D2 D1`` (C,): by how much a slope may exceed t."""
+    joined = weights.centre3.unsqueeze(1) @ weights.centre2 @ weights.centre1.unsqueeze(2)
+    if isinstance(hidden, Slopes):
+        return joined.flatten() * hidden.first.max() * hidden.second.max()
+    assert hidden.steepest is not None
+    return joined.flatten() * hidden.steepest**2
+
+
+LowerSolver = Callable[[Tensor, MintWeights, Activation | Slopes, str], Wave]
+
+
+def as_lower(
+    solve: LowerSolver,
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    triangle: str,
+) -> Wave:
+    """Solve either triangle by a solver of lower ones."""
+    if triangle == "lower":
+        return solve(z, weights, hidden, order)
+    colours = z.shape[1]
+    if isinstance(hidden, Slopes):
+        hidden = Slopes(*(reverse(slopes, colours) for slopes in hidden))
+    found = solve(reverse(z, colours), reverse_weights(weights), hidden, order)
+    return Wave(*(reverse(values, colours) for values in found))
+
+
+def wavefront(
+    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
+) -> Wave:
+    """Solve f(x) = z for a Mint layer f, exactly up to rounding, whatever its weights.
+
+    Where numbers overflow, x stays at the last finite value, and ``error`` is not finite.
+
+    Args:
+        z: (B, C, H, W), float32 or float64.
+        weights: of the same dtype.
+        hidden: an activation with a ``steepest`` slope; or slopes, for a linear layer, where
+            ``error`` and ``steps`` mean nothing.
+    """
+    return as_lower(_solve, z, weights, hidden, order, triangle)
+
+
+@torch.no_grad()
+def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str) -> Wave:
+    batch, colours, height, width = z.shape
+    units = weights.centre1.shape[1]
+    convolutions = (weights.weight1, weights.weight2, weights.weight3)
+    biases = (weights.bias1, weights.bias2, weights.bias3)
+    radius = max(weight.shape[-1] for weight in convolutions) // 2
+    fronts = front_numbers(colours, height, width, radius, order).to(z.device)
+    share = steepest_share(weights, hidden)
+    seen = [[_taps(weight, order, c, colours) for weight in convolutions] for c in range(colours)]
+    wave = empty_wave(z)
+    # By pixel, with the units last; what lies outside the image stays zero.
+    padded = (batch, colours, height + 2 * radius, width + 2 * radius)
+    layers = [z.new_zeros(*padded, size) for size in (1, units, units)]
+    for front in range(int(fronts.max()) + 1):
+        for c in range(colours):
+            rows, columns = (fronts[c] == front).nonzero(as_tuple=True)
+            if not len(rows):
+                continue
+            here = (slice(None), c, rows, columns)
+            known = []
+            for layer, bias, (offsets, weight) in zip(layers, biases, seen[c], strict=True):
+                other, dy, dx = offsets
+                near = layer[:, other, rows[:, None] + radius + dy, columns[:, None] + radius + dx]
+                known.append(near.flatten(2) @ weight + bias.unflatten(0, (colours, -1))[c])
+            x, h1, h2, *rest = _newton(
+                z[here],
+                weights.t[c, rows, columns],
+                share[c],
+                known,
+                _bends(hidden, colours, here),
+                (weights.centre1[c], weights.centre2[c].T, weights.centre3[c]),
+            )
+            for layer, values in zip(layers, (x.unsqueeze(2), h1, h2), strict=True):
+                layer[:, c, rows + radius, columns + radius] = values
+            for field, values in zip(wave, (x, *rest), strict=True):
+                field[here] = values
+    return wave
+
+
+def _taps(weight: Tensor, order: str, colour: int, colours: int) -> tuple[Tensor, Tensor]:
+    """Where a colour looks, (3, T), and with which weights, (T * inputs, outputs)."""
+    middle = weight.shape[-1] // 2
+    seen = seen_before(order, colour, colours, weight.shape[-1])
+    offsets = torch.tensor(seen, dtype=torch.int64, device=weight.device).view(-1, 3).T
+    other, dy, dx = offsets
+    blocks = weight.unflatten(1, (colours, -1)).unflatten(0, (colours, -1))[colour]
+    taps = blocks.permute(1, 3, 4, 2, 0)[other, dy + middle, dx + middle]
+    return offsets, taps.flatten(0, 1)
+
+
+Bend = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _bends(hidden: Activation | Slopes, colours: int, here: tuple[Any, ...]) -> tuple[Bend, Bend]:
+    """a -> h(a) and its slope, (B, n, units), of both hidden layers at the variables of a front."""
+    if isinstance(hidden, Activation):
+        h, slope = hidden.function, hidden.derivative
+        return (lambda a: (h(a), slope(a)),) * 2
+    first, second = (one.unflatten(1, (colours, -1)).movedim(2, -1)[here] for one in hidden)
+    return lambda a: (first * a, first), lambda a: (second * a, second)
+
+
+def _newton(
+    z: Tensor,
+    t: Tensor,
+    share: Tensor,
+    known: list[Tensor],
+    bends: tuple[Bend, Bend],
+    centres: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, ...]:
+    """Newton's method for the unknowns of one colour in a front, (B, n) each.
+
+    Returns:
+        x, both hidden layers (B, n, units), the slope at x, the error g(x) - z, and the steps.
+    """
+    known1, known2, known3 = known[0], known[1], known[2].squeeze(2)
+    centre1, centre2, centre3 = centres
+    epsilon = torch.finfo(z.dtype).eps
+    steep, flat = (t + share) * (1 + SLACK * epsilon), t * (1 - SLACK * epsilon)
+    x = (z - known3) / steep
+    x = torch.where(x.isfinite(), x, 0)
+    low, high = torch.full_like(x, -torch.inf), torch.full_like(x, torch.inf)
+    before = earlier = high  # widths of the bracket, one and two steps ago
+    running = torch.ones_like(x, dtype=torch.bool)
+    steps = torch.zeros_like(x, dtype=torch.int64)
+    for step in range(STEPS):
+        h1, slope1 = bends[0](known1 + x.unsqueeze(2) * centre1)
+        h2, slope2 = bends[1](known2 + h1 @ centre2)
+        outer = centre3 * h2
+        slope = t + (centre3 * slope2 * ((slope1 * centre1) @ centre2)).sum(2)
+        error = outer.sum(2) + known3 + t * x - z
+        size = outer.abs().sum(2) + known3.abs() + (t * x).abs() + z.abs()
+        running = running & error.isfinite() & (error.abs() > epsilon * size)
+        if step == STEPS - 1:
+            break  # with values that belong to x
+        # The root is where both bounds of the slope say.
+        near, far = x - error / steep, x - error / flat
+        low = torch.maximum(low, torch.minimum(near, far))
+        high = torch.minimum(high, torch.maximum(near, far))
+        width = high - low
+        new = x - error / slope
+        bisect = ~((low <= new) & (new <= high)) | (width > 0.5 * earlier)
+        new = torch.where(bisect, low + 0.5 * width, new)
+        before, earlier = width, torch.where(bisect, width, before)
+        running = running & new.isfinite() & (new != x)
+        if not bool(running.any()):
+            break
+        x = torch.where(running, new, x)
+        steps += running
+    return x, h1, h2, slope, error, steps

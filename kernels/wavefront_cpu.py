@@ -1,0 +1,582 @@
+"""The wavefront of :mod:`.fronts` on a CPU, in float64: matrix products by torch, fronts by numba.
+
+Colours are solved in blocks. What lower blocks contribute to one is a plain product of matrices,
+computed at once for the whole image. Within a block, storage is skewed so that all that a front
+needs lies in straight lines. Column j of row i is kept in plane ``(r + 1) i + j``, with r the
+largest kernel's radius: the unknowns of one colour in one plane are solved at once, and a tap of a
+kernel points the same way from everywhere. A plane has a line for each hidden unit, and a line has
+a lane for each row and each sample of a group. So a convolution is a sum of whole lines at
+constant distances, and every inner loop runs along lanes. What lies outside the image is never
+written and stays zero.
+
+Groups of samples are independent; threads share them.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from mintnet_triton.kernels import fronts
+from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES, Activation
+from mintnet_triton.kernels.fronts import (
+    Slopes,
+    Wave,
+    as_lower,
+    empty_wave,
+    seen_before,
+    steepest_share,
+)
+from mintnet_triton.kernels.reference import MintWeights
+
+#: lines that are added at once; :func:`add_lines` spells them out
+UNROLL = 8
+#: most lanes that Newton's method works on at once: what it touches stays in a near cache
+LANES = 64
+#: about as many outputs as a block of colours has: more of them skip less, fewer call torch more
+BLOCK = 64
+
+STEPS = fronts.STEPS
+EPSILON = float(np.finfo(np.float64).eps)
+SLACK = fronts.SLACK * EPSILON
+
+#: activations by number; a linear layer has slopes that are given
+LINEAR = -1
+ELU, LEAKY_RELU, SOFTPLUS, TANH, SIGMOID = (
+    NAMES.index(name) for name in ("elu", "leaky_relu", "softplus", "tanh", "sigmoid")
+)
+
+compiled = numba.njit(nogil=True, cache=True, fastmath={"contract"})
+summing = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+
+
+@summing
+def add_lines(sums, weights, distances, lines, base, lanes):
+    """``sums[k] += sum_n weights[n, k] * lines[base + distances[n]:]``, along some lanes.
+
+    Args:
+        sums: (outputs, lanes or more).
+        weights: (N / 8, outputs, 8).
+        distances: (N / 8, 8).
+    """
+    for n in range(len(weights)):
+        d = distances[n]
+        h0 = lines[base + d[0] :][:lanes]
+        h1 = lines[base + d[1] :][:lanes]
+        h2 = lines[base + d[2] :][:lanes]
+        h3 = lines[base + d[3] :][:lanes]
+        h4 = lines[base + d[4] :][:lanes]
+        h5 = lines[base + d[5] :][:lanes]
+        h6 = lines[base + d[6] :][:lanes]
+        h7 = lines[base + d[7] :][:lanes]
+        for k in range(weights.shape[1]):
+            w = weights[n, k]
+            w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+            line = sums[k]
+            for m in range(lanes):
+                line[m] += (
+                    (w0 * h0[m] + w1 * h1[m])
+                    + (w2 * h2[m] + w3 * h3[m])
+                    + ((w4 * h4[m] + w5 * h5[m]) + (w6 * h6[m] + w7 * h7[m]))
+                )
+
+
+@compiled
+def exp_less_one(a, result, bits):
+    """``result = exp(a) - 1`` for a <= 0, to rounding; ``bits`` are those of the result.
+
+    Unlike the C library's it is computed in vectors: with a = n log(2) + r, 2^n is made in the bits
+    of the exponent, and exp(r) - 1 for |r| <= log(2) / 2 is a polynomial.
+    """
+    magic = 1.5 * 2.0**52  # what is added to it is rounded to an integer
+    for m in range(len(a)):
+        result[m] = max(min(a[m], 0.0), -708.0) * 1.4426950408889634 + magic
+    for m in range(len(a)):
+        bits[m] = (bits[m] << 52) + (1023 << 52)
+    for m in range(len(a)):
+        v = max(min(a[m], 0.0), -708.0)
+        n = (v * 1.4426950408889634 + magic) - magic
+        r = (v - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10
+        p = 1 / 6227020800
+        p = p * r + 1 / 479001600
+        p = p * r + 1 / 39916800
+        p = p * r + 1 / 3628800
+        p = p * r + 1 / 362880
+        p = p * r + 1 / 40320
+        p = p * r + 1 / 5040
+        p = p * r + 1 / 720
+        p = p * r + 1 / 120
+        p = p * r + 1 / 24
+        p = p * r + 1 / 6
+        p = p * r + 1 / 2
+        result[m] = result[m] * (p * r * r + r) + (result[m] - 1)
+
+
+@compiled
+def bend(activation, a, h, s, scratch, bits):
+    """``h = h(a)`` and its slope s along lanes."""
+    if activation == ELU:
+        exp_less_one(a, scratch, bits)
+        for m in range(len(a)):
+            h[m] = scratch[m] if a[m] <= 0 else a[m]  # which keeps NaN
+            s[m] = scratch[m] + 1 if a[m] <= 0 else 1.0
+    elif activation == LEAKY_RELU:
+        for m in range(len(a)):
+            s[m] = 1.0 if a[m] > 0 else LEAKY_SLOPE
+            h[m] = s[m] * a[m]
+    elif activation == SOFTPLUS:
+        for m in range(len(a)):
+            e = math.exp(-abs(a[m]))
+            s[m] = (1.0 if a[m] > 0 else e) / (1 + e)
+            h[m] = max(a[m], 0.0) + math.log1p(e)
+    elif activation == TANH:
+        for m in range(len(a)):
+            e = math.exp(-2 * abs(a[m]))
+            s[m] = 4 * e / ((1 + e) * (1 + e))
+            h[m] = math.tanh(a[m])
+    elif activation == SIGMOID:
+        for m in range(len(a)):
+            e = math.exp(-abs(a[m]))
+            s[m] = e / ((1 + e) * (1 + e))
+            h[m] = (1.0 if a[m] > 0 else e) / (1 + e)
+    else:  # identity
+        for m in range(len(a)):
+            s[m] = 1.0
+            h[m] = a[m]
+
+
+@compiled
+def solve_lanes(
+    x, z, t, h1, h2, known1, known2, diagonal, error, steps,
+    centre1, centre2, centre3, share, activation, line, work,
+):  # fmt: skip
+    """Newton's method for some lanes of one colour in one plane, as :func:`.fronts._solve` has it.
+
+    Args:
+        x, z, t, diagonal, error, steps: (lanes,); what the known variables contribute to the last
+            convolution has been taken from z.
+        h1, h2, slopes1, slopes2: a line for each unit, ``line`` apart, flat.
+        known1, known2: (units, lanes or more), what the known variables contribute.
+        centre2: (units / 8 rounded up, units, 8).
+        work: (2 * units + 8 + 15, 2 * LANES), to write to.
+    """
+    units, lanes = len(centre1), len(x)
+    padded = 8 * len(centre2)
+    # The lanes of h1 and, beside them, those of its derivative by x: one product for both.
+    pair, product = work[:padded], work[padded : padded + units]
+    rows = work[padded + units :]
+    a, s, scratch, size = rows[0][:lanes], rows[1][:lanes], rows[2][:lanes], rows[3][:lanes]
+    low, high, before, earlier = rows[4], rows[5], rows[6], rows[7]
+    bits = rows[2].view(np.int64)[:lanes]
+    running = rows[8]
+    distances = np.arange(padded).reshape(-1, 8) * pair.shape[1]
+    pair[units:] = 0
+    lines = pair.reshape(-1)
+    for m in range(lanes):
+        x[m] = z[m] / (t[m] + share)
+        if not abs(x[m]) < np.inf:
+            x[m] = 0.0
+        low[m], high[m], before[m], earlier[m] = -np.inf, np.inf, np.inf, np.inf
+        running[m], steps[m] = 1, 0
+    for iteration in range(STEPS):
+        for k in range(units):
+            for m in range(lanes):
+                a[m] = known1[k, m] + centre1[k] * x[m]
+            bend(activation, a, pair[k][:lanes], s, scratch, bits)
+            for m in range(lanes):
+                pair[k, lanes + m] = s[m] * centre1[k]
+                product[k, m] = known2[k, m]
+                product[k, lanes + m] = 0
+        add_lines(product, centre2, distances, lines, 0, 2 * lanes)
+        for m in range(lanes):
+            error[m] = t[m] * x[m] - z[m]
+            size[m] = abs(t[m] * x[m]) + abs(z[m])
+            diagonal[m] = t[m]
+        for k in range(units):
+            h = h2[k * line :][:lanes]
+            bend(activation, product[k][:lanes], h, s, scratch, bits)
+            for m in range(lanes):
+                outer = centre3[k] * h[m]
+                error[m] += outer
+                size[m] += abs(outer)
+                diagonal[m] += centre3[k] * s[m] * product[k, lanes + m]
+        left = 0
+        for m in range(lanes):
+            g = error[m]
+            if running[m] == 0 or not abs(g) > EPSILON * size[m] or not abs(g) < np.inf:
+                running[m] = 0
+                continue
+            near = x[m] - g / ((t[m] + share) * (1 + SLACK))
+            far = x[m] - g / (t[m] * (1 - SLACK))
+            low[m] = max(low[m], min(near, far))
+            high[m] = min(high[m], max(near, far))
+            wide = high[m] - low[m]
+            new = x[m] - g / diagonal[m]
+            if not (low[m] <= new <= high[m]) or wide > 0.5 * earlier[m]:
+                new = low[m] + 0.5 * wide
+                before[m] = wide
+            earlier[m], before[m] = before[m], wide
+            if new == x[m] or not abs(new) < np.inf or iteration == STEPS - 1:
+                running[m] = 0
+                continue
+            x[m] = new
+            steps[m] += 1
+            left += 1
+        if left == 0:
+            break
+    for k in range(units):
+        h1[k * line :][:lanes] = pair[k][:lanes]
+
+
+@compiled
+def solve_linear(
+    x, z, t, h1, h2, slopes1, slopes2, known1, known2, diagonal, centre1, centre2, centre3,
+    line, work,
+):  # fmt: skip
+    """As :func:`solve_lanes`, of a linear layer: x is z less the value at 0, over the diagonal."""
+    units, lanes = len(centre1), len(x)
+    padded = 8 * len(centre2)
+    pair, product = work[:padded], work[padded : padded + units]
+    distances = np.arange(padded).reshape(-1, 8) * pair.shape[1]
+    pair[units:] = 0
+    for k in range(units):
+        s = slopes1[k * line :][:lanes]
+        for m in range(lanes):
+            pair[k, m] = s[m] * known1[k, m]
+            pair[k, lanes + m] = s[m] * centre1[k]
+            product[k, m] = known2[k, m]
+            product[k, lanes + m] = 0
+    add_lines(product, centre2, distances, pair.reshape(-1), 0, 2 * lanes)
+    for m in range(lanes):
+        x[m] = z[m]
+        diagonal[m] = t[m]
+    for k in range(units):
+        s = slopes2[k * line :][:lanes]
+        for m in range(lanes):
+            x[m] -= centre3[k] * s[m] * product[k, m]
+            diagonal[m] += centre3[k] * s[m] * product[k, lanes + m]
+    for m in range(lanes):
+        x[m] /= diagonal[m]
+    for k in range(units):
+        s, h = slopes2[k * line :][:lanes], h2[k * line :][:lanes]
+        for m in range(lanes):
+            h[m] = s[m] * (product[k, m] + x[m] * product[k, lanes + m])
+        h = h1[k * line :][:lanes]
+        for m in range(lanes):
+            h[m] = pair[k, m] + x[m] * pair[k, lanes + m]
+
+
+@compiled
+def solve_block(
+    x, z, t, h1, h2, slopes1, slopes2, diagonal, error, steps, weights, centres, share, activation,
+    by_channel, radius, height, width, group,
+):  # fmt: skip
+    """Solve a block of colours for one group of samples.
+
+    Args:
+        x, z, t, diagonal, error, steps: skewed, (colours, planes, 1, lanes of a plane), flat.
+        h1, h2: the same with units; where a front is not solved yet, they hold what lower blocks
+            and the bias contribute to them.
+        slopes1, slopes2: as h1 and h2; empty unless the layer is linear.
+        weights: of each convolution, as :func:`pack` has them.
+    """
+    (weights1, distances1, ends1), (weights2, distances2, ends2), (weights3, distances3, ends3) = (
+        weights
+    )
+    centre1, centre2, centre3 = centres
+    colours, units = centre1.shape
+    skew = radius + 1
+    planes = skew * (height - 1) + width
+    margin = skew * radius + radius
+    line = (height + 2 * radius) * group
+    known1, known2 = np.empty((units, LANES)), np.empty((units, LANES))
+    known3 = np.empty((1, LANES))
+    work = np.empty((2 * units + 8 + 15, 2 * LANES))
+    fronts = planes + skew**2 * (colours - 1) if by_channel else planes * colours
+    for front in range(fronts):
+        for c in range(colours):
+            plane = front - skew**2 * c if by_channel else (front - c) // colours
+            if plane < 0 or plane >= planes or not (by_channel or (front - c) % colours == 0):
+                continue
+            top = max(0, (plane - width + skew) // skew)
+            bottom = min(height - 1, plane // skew)
+            place = (c * (planes + 2 * margin) + plane + margin) * line
+            stop = (bottom + 1 + radius) * group
+            for start in range((top + radius) * group, stop, LANES):
+                lanes = min(LANES, stop - start)
+                own = slice(place + start, place + start + lanes)
+                hidden = place * units + start
+                for k in range(units):
+                    known1[k, :lanes] = h1[hidden + k * line :][:lanes]
+                    known2[k, :lanes] = h2[hidden + k * line :][:lanes]
+                known3[0, :lanes] = 0
+                these = slice(ends1[c], ends1[c + 1])
+                add_lines(known1, weights1[these], distances1[these], x, place + start, lanes)
+                these = slice(ends2[c], ends2[c + 1])
+                add_lines(known2, weights2[these], distances2[these], h1, hidden, lanes)
+                these = slice(ends3[c], ends3[c + 1])
+                add_lines(known3, weights3[these], distances3[these], h2, hidden, lanes)
+                for m in range(lanes):
+                    z[place + start + m] -= known3[0, m]
+                if activation == LINEAR:
+                    solve_linear(
+                        x[own], z[own], t[own], h1[hidden:], h2[hidden:], slopes1[hidden:],
+                        slopes2[hidden:], known1, known2, diagonal[own],
+                        centre1[c], centre2[c], centre3[c], line, work,
+                    )  # fmt: skip
+                else:
+                    solve_lanes(
+                        x[own], z[own], t[own], h1[hidden:], h2[hidden:], known1, known2,
+                        diagonal[own], error[own], steps[own],
+                        centre1[c], centre2[c], centre3[c], share[c], activation, line, work,
+                    )  # fmt: skip
+
+
+class Skew(NamedTuple):
+    """How a block of colours is stored, for one group of samples."""
+
+    colours: int
+    height: int
+    width: int
+    radius: int
+    group: int  # samples
+
+    @property
+    def planes(self) -> int:
+        """Of a colour, with room for the taps that look beyond the first and the last."""
+        skew, radius = self.radius + 1, self.radius
+        return skew * (self.height - 1) + self.width + 2 * (skew * radius + radius)
+
+    @property
+    def line(self) -> int:
+        """Lanes of a line."""
+        return (self.height + 2 * self.radius) * self.group
+
+    def new(self, threads: int, units: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Empty storage (threads, ...) for each thread's group, all zeros."""
+        return torch.zeros(threads, self.colours * self.planes * units * self.line, dtype=dtype)
+
+    def _images(self, storage: Tensor) -> Tensor:
+        """The stored values seen as (threads, group, colours, units, height, width)."""
+        units = storage.shape[1] // (self.colours * self.planes * self.line)
+        plane, skew = units * self.line, self.radius + 1
+        strides = (
+            storage.shape[1],
+            1,
+            self.planes * plane,
+            self.line,
+            skew * plane + self.group,
+            plane,
+        )
+        size = (len(storage), self.group, self.colours, units, self.height, self.width)
+        first = (skew * self.radius + self.radius) * plane + self.radius * self.group
+        return storage.as_strided(size, strides, first)
+
+    def put(self, storage: Tensor, values: Tensor) -> None:
+        """Store values (threads * group, colours * units, height, width)."""
+        images = self._images(storage)
+        images.copy_(values.reshape(images.shape))
+
+    def get(self, storage: Tensor) -> Tensor:
+        """What is stored, as :meth:`put` takes it."""
+        return self._images(storage).flatten(2, 3).flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _layout(
+    skew: Skew, units: int, kernel: int, order: str
+) -> tuple[Tensor, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Which weights :func:`pack` takes, how far away what they multiply is, each colour's ends."""
+    indices, distances, ends = [], [], [0]
+    inputs = torch.arange(units)
+    for colour in range(skew.colours):
+        seen = seen_before(order, colour, skew.colours, kernel)
+        other, dy, dx = torch.tensor(seen, dtype=torch.int64).view(-1, 3).T.unsqueeze(2)
+        # Rows of weights are in the order colour, colour seen, row, column, input; then come zeros.
+        middle = kernel // 2
+        index = ((colour * skew.colours + other) * kernel + dy + middle) * kernel + dx + middle
+        planes = (other - colour) * skew.planes + (skew.radius + 1) * dy + dx
+        distance = (planes * units + inputs) * skew.line + dy * skew.group
+        spare = torch.zeros(-distance.numel() % UNROLL, dtype=torch.int64)
+        indices += [(index * units + inputs).flatten(), spare + skew.colours**2 * kernel**2 * units]
+        distances += [distance.flatten(), spare]
+        ends.append(ends[-1] + (distance.numel() + len(spare)) // UNROLL)
+    return torch.cat(indices), torch.cat(distances).view(-1, UNROLL).numpy(), np.array(ends)
+
+
+def pack(weight: Tensor, skew: Skew, order: str) -> tuple[np.ndarray[Any, Any], ...]:
+    """Weights (outputs, inputs, k, k) of a block as :func:`add_lines` reads them.
+
+    Returns:
+        Weights (N / 8, outputs of a colour, 8), distances (N / 8, 8), and where each colour's
+        begin and end, (colours + 1,).
+    """
+    outputs, inputs, kernel, _ = weight.shape
+    units_out, units_in = outputs // skew.colours, inputs // skew.colours
+    index, distances, ends = _layout(skew, units_in, kernel, order)
+    blocks = weight.view(skew.colours, units_out, skew.colours, units_in, kernel, kernel)
+    rows = blocks.permute(0, 2, 4, 5, 3, 1).reshape(-1, units_out)
+    rows = torch.cat([rows, rows.new_zeros(1, units_out)])[index]
+    packed = rows.view(-1, UNROLL, units_out).transpose(1, 2).contiguous()
+    return packed.numpy(), distances, ends
+
+
+def pack_centres(centres: Tensor) -> np.ndarray[Any, Any]:
+    """(C, K, K) -> (C, K / 8 rounded up, K, 8), inputs last, with zeros for those that are not."""
+    colours, units, _ = centres.shape
+    packed = centres.new_zeros(colours, units, -(-units // UNROLL) * UNROLL)
+    packed[..., :units] = centres
+    lines: Tensor = packed.unflatten(2, (-1, UNROLL))
+    return lines.transpose(1, 2).contiguous().numpy()
+
+
+class Canvas:
+    """Images with a border of zeros, in one line: a shifted image is a shifted line.
+
+    Args:
+        channels: of an image.
+    """
+
+    def __init__(self, batch: int, channels: int, height: int, width: int, radius: int) -> None:
+        self.stride, self.radius = width + 2 * radius, radius
+        self.images = torch.zeros(
+            channels, batch, height + 2 * radius, self.stride, dtype=torch.float64
+        )
+
+    def put(self, values: Tensor, block: int) -> None:
+        """Write a block (batch, channels, height, width), of which there are some before."""
+        inside = slice(self.radius, -self.radius or None)
+        channels = slice(block * values.shape[1], (block + 1) * values.shape[1])
+        self.images[channels, :, inside, inside] = values.transpose(0, 1)
+
+    def convolve(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """The convolution of the first channels by weights (outputs, inputs, k, k)."""
+        outputs, inputs, kernel, _ = weight.shape
+        lines = self.images[:inputs].flatten(1)
+        margin = self.radius * (self.stride + 1)
+        sums = bias.unsqueeze(1).expand(-1, lines.shape[1]).contiguous()
+        inside = slice(margin, lines.shape[1] - margin)
+        if inputs:
+            for dy in range(kernel):
+                for dx in range(kernel):
+                    shift = (dy - kernel // 2) * self.stride + dx - kernel // 2
+                    seen = lines[:, margin + shift : lines.shape[1] - margin + shift]
+                    sums[:, inside].addmm_(weight[:, :, dy, dx], seen)
+        border = slice(self.radius, -self.radius or None)
+        images = sums.view(outputs, *self.images.shape[1:])[:, :, border, border]
+        return images.transpose(0, 1)
+
+
+def wavefront(
+    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
+) -> Wave:
+    """As :func:`.fronts.wavefront`, of float64 tensors on a CPU, for this package's activations."""
+    return as_lower(_solve, z, weights, hidden, order, triangle)
+
+
+class Block(NamedTuple):
+    """Colours that are solved together, and what their kernel is given."""
+
+    own: slice  # of colours
+    wide: slice  # of their hidden units
+    weights: tuple[tuple[np.ndarray[Any, Any], ...], ...]
+    centres: tuple[np.ndarray[Any, Any], ...]
+    share: np.ndarray[Any, Any]
+
+
+def _block(first: int, skew: Skew, weights: MintWeights, share: Tensor, order: str) -> Block:
+    units = weights.centre1.shape[1]
+    own = slice(first, first + skew.colours)
+    wide = slice(own.start * units, own.stop * units)
+    return Block(
+        own,
+        wide,
+        (
+            pack(weights.weight1[wide, own], skew, order),
+            pack(weights.weight2[wide, wide], skew, order),
+            pack(weights.weight3[own, wide], skew, order),
+        ),
+        (
+            weights.centre1[own].contiguous().numpy(),
+            pack_centres(weights.centre2[own]),
+            weights.centre3[own].contiguous().numpy(),
+        ),
+        share[own].numpy(),
+    )
+
+
+def _colours_of_a_block(colours: int, units: int, order: str) -> int:
+    """A divisor of all colours, so that blocks are alike; in pixel order all depend on all."""
+    if order == "pixel":
+        return colours
+    fit = (n for n in range(2, colours + 1) if colours % n == 0 and n * units <= BLOCK)
+    return max(fit, default=1)
+
+
+@torch.no_grad()
+def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str) -> Wave:
+    batch, colours, height, width = z.shape
+    units = weights.centre1.shape[1]
+    convolutions = (weights.weight1, weights.weight2, weights.weight3)
+    radius = max(weight.shape[-1] for weight in convolutions) // 2
+    threads = min(torch.get_num_threads(), batch)
+    rows = min(height, -(-width // (radius + 1)))  # the most of a front
+    group = min(max(1, LANES // rows), -(-batch // threads))
+    together = threads * group
+    skew = Skew(_colours_of_a_block(colours, units, order), height, width, radius, group)
+    share = steepest_share(weights, hidden)
+    blocks = [
+        _block(first, skew, weights, share, order) for first in range(0, colours, skew.colours)
+    ]
+    slopes = hidden if isinstance(hidden, Slopes) else ()
+    number = LINEAR if isinstance(hidden, Slopes) else NAMES.index(hidden.name)
+    constants = (number, order == "channel", radius, height, width, group)
+
+    x, target, t, diagonal, error = (skew.new(threads) for _ in range(5))
+    steps = skew.new(threads, dtype=torch.int64)
+    layers = (x, skew.new(threads, units), skew.new(threads, units))
+    given = [skew.new(threads, units if slopes else 0) for _ in range(2)]
+    arrays = (x, target, t, *layers[1:], *given, diagonal, error, steps)
+    sizes = (1, units, units)
+    canvases = [Canvas(together, colours * size, height, width, radius) for size in sizes]
+    wave = empty_wave(z)
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, batch, together):
+            stop = min(batch, start + together)
+            # Spare lanes solve the last sample again.
+            index = torch.arange(start, start + together).clamp(max=batch - 1)
+            for position, block in enumerate(blocks):
+                known1, known2, known3 = (
+                    canvas.convolve(weight[rows, : block.own.start * size], bias[rows])
+                    for canvas, weight, bias, rows, size in zip(
+                        canvases,
+                        convolutions,
+                        (weights.bias1, weights.bias2, weights.bias3),
+                        (block.wide, block.wide, block.own),
+                        sizes,
+                        strict=True,
+                    )
+                )
+                skew.put(layers[1], known1)
+                skew.put(layers[2], known2)
+                skew.put(target, z[index, block.own] - known3)
+                skew.put(t, weights.t[block.own].expand(together, -1, -1, -1))
+                for storage, values in zip(given, slopes, strict=False):
+                    skew.put(storage, values[index, block.wide])
+                fixed = (block.weights, block.centres, block.share, *constants)
+                calls = [
+                    (*(storage[thread].numpy() for storage in arrays), *fixed)
+                    for thread in range(threads)
+                ]
+                list(pool.map(lambda call: solve_block(*call), calls))
+                for storage, field in zip((x, diagonal, error, steps), wave, strict=True):
+                    field[start:stop, block.own] = skew.get(storage)[: stop - start]
+                if block is not blocks[-1]:
+                    for canvas, storage in zip(canvases, layers, strict=True):
+                        canvas.put(skew.get(storage), position)
+    return wave

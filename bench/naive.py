@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mintnet_triton import MintLayer, TriangularMap
-from mintnet_triton.inverse import Evaluator
+from mintnet_triton.solvers import Evaluator
 
 
 class NaiveMintLayer(MintLayer):

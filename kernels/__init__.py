@@ -16,21 +16,30 @@ from mintnet_triton.kernels.dispatch import (
     fixed_point,
     masked_conv2d,
     mint_forward,
+    mint_jacobian_solver,
     mint_map,
+    wavefront,
 )
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.fronts import Bracket, Wave, steepest_share
+from mintnet_triton.kernels.reference import MintWeights, mint_magnitude
 
 __all__ = [
     "Activation",
     "BackendError",
+    "Bracket",
     "FrozenWeights",
     "MintWeights",
+    "Wave",
     "find_activation",
     "fixed_point",
     "full_float32",
     "masked_conv2d",
     "mint_forward",
+    "mint_jacobian_solver",
+    "mint_magnitude",
     "mint_map",
+    "steepest_share",
     "use_backend",
     "use_triton",
+    "wavefront",
 ]

@@ -14,6 +14,7 @@ _NAMES = ("auto", "torch", "triton")
 _choice = "auto"
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+NUMBA_INSTALLED = importlib.util.find_spec("numba") is not None
 
 #: whether kernels run in Triton's interpreter, on a CPU: it has to be said before they are defined
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -28,7 +29,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation for the calls inside the ``with`` block, in the whole process.
 
     Args:
-        name: ``"auto"``, the default: Triton kernels where they can run, else plain PyTorch;
+        name: ``"auto"``, the default: Triton kernels where they can run, else plain PyTorch (and
+            numba, where it is installed, for the wavefront on a CPU);
             ``"torch"``, plain PyTorch on any device; or ``"triton"``, whose calls raise
             :class:`BackendError` where the kernels cannot run. They run on a GPU of compute
             capability 8.0 or above (or an AMD one), and on a CPU in Triton's interpreter (with
@@ -77,6 +79,13 @@ def use_triton(x: Tensor, activation: Activation | None = None) -> bool:
     if obstacle and _choice == "triton":
         raise BackendError(f"the Triton kernels cannot run: {obstacle}; use 'auto' or 'torch'")
     return not obstacle
+
+
+def use_numba(z: Tensor, hidden: object) -> bool:
+    """Whether a wavefront is to run as compiled by numba: on a CPU, in float64."""
+    known = not isinstance(hidden, Activation) or is_known(hidden)
+    suits = z.device.type == "cpu" and z.dtype == torch.float64 and known
+    return suits and NUMBA_INSTALLED and _choice != "torch"
 
 
 def _obstacle(x: Tensor, activation: Activation | None) -> str:

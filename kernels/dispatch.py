@@ -1,12 +1,15 @@
 """The operations that the layers call: each goes to the backend chosen for its input."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mintnet_triton.kernels import reference
+from mintnet_triton.kernels import fronts, reference
 from mintnet_triton.kernels.activation import Activation
-from mintnet_triton.kernels.backend import TRITON_INSTALLED, use_triton
+from mintnet_triton.kernels.backend import TRITON_INSTALLED, use_numba, use_triton
+from mintnet_triton.kernels.fronts import Slopes, Wave
 from mintnet_triton.kernels.reference import MintWeights
 
 if TRITON_INSTALLED:
@@ -112,3 +115,47 @@ def fixed_point(
     structure = triton_layer.Structure(order, triangle, activation.name)
     packed = weights.packed(z.dtype)
     return triton_inversion.fixed_point(z, start, packed, structure, alpha, iterations, tolerance)
+
+
+def wavefront(
+    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
+) -> Wave:
+    """A Mint layer inverted in the order of dependency; see :func:`.fronts.wavefront`."""
+    if not len(z):
+        return fronts.empty_wave(z)
+    if use_numba(z, hidden):
+        # Here, for numba takes a second to import.
+        from mintnet_triton.kernels import wavefront_cpu
+
+        return wavefront_cpu.wavefront(z, weights, hidden, order, triangle)
+    return fronts.wavefront(z, weights, hidden, order, triangle)
+
+
+def mint_jacobian_solver(
+    x: Tensor,
+    weights: MintWeights,
+    activation: Activation,
+    order: str,
+    triangle: str,
+    transpose: bool,
+) -> Callable[[Tensor], Tensor]:
+    """right -> v with ``J v = right``, or ``J^T v = right``, for the Jacobian J of a layer at x.
+
+    ``right`` may have several times as many samples, x being repeated for them.
+    """
+    assert activation.slope is not None
+    _, h1, h2 = reference.mint_map(x, weights, activation, order, triangle)
+    slopes = Slopes(activation.slope(h1), activation.slope(h2))
+    linear = fronts.transpose_weights(weights)
+    if transpose:
+        slopes = Slopes(slopes.second, slopes.first)
+        triangle = "upper" if triangle == "lower" else "lower"
+    else:
+        linear = fronts.transpose_weights(linear)  # back, without biases
+
+    def solve(right: Tensor) -> Tensor:
+        times = len(right) // max(1, len(x))
+        repeated = Slopes(*(one.repeat(times, 1, 1, 1) for one in slopes))
+        return wavefront(right, linear, repeated, order, triangle).x
+
+    return solve

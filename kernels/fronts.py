@@ -155,6 +155,46 @@ def steepest_share(weights: MintWeights, hidden: Activation | Slopes) -> Tensor:
     return joined.flatten() * hidden.steepest**2
 
 
+class Bracket:
+    """Where a monotone equation has its root, narrowed at every step.
+
+    Args:
+        flat, steep: bounds of its slope, which broadcast against x.
+        x: any, for its shape.
+        moving: whether the equation may change between steps. Then a step that contradicts those
+            before it makes them void; else that is rounding.
+    """
+
+    def __init__(self, flat: Tensor, steep: Tensor, x: Tensor, *, moving: bool) -> None:
+        self.moving = moving
+        slack = SLACK * torch.finfo(x.dtype).eps
+        self.flat, self.steep = flat * (1 - slack), steep * (1 + slack)
+        self.low, self.high = torch.full_like(x, -torch.inf), torch.full_like(x, torch.inf)
+        self.before = self.earlier = self.high  # widths one and two steps ago
+
+    def step(self, x: Tensor, error: Tensor, step: Tensor) -> Tensor:
+        """``x - step`` where that is inside and two such steps have halved the bracket, else its
+        middle; error is that of the equation at x."""
+        # The root is where both bounds of the slope say.
+        near, far = x - error / self.steep, x - error / self.flat
+        least, most = torch.minimum(near, far), torch.maximum(near, far)
+        low, high = torch.maximum(self.low, least), torch.minimum(self.high, most)
+        void = (low > high) & self.moving
+        self.low, self.high = torch.where(void, least, low), torch.where(void, most, high)
+        width = self.high - self.low
+        new = x - step
+        slow = (width > 0.5 * self.earlier) & ~void
+        bisect = ~((self.low <= new) & (new <= self.high)) | slow
+        self.earlier = torch.where(bisect | void, width, self.before)
+        self.before = width
+        return torch.where(bisect, self.low + 0.5 * width, new)
+
+    def keep(self, chosen: Tensor) -> None:
+        """Go on with some samples alone."""
+        for name in ("low", "high", "before", "earlier"):
+            setattr(self, name, getattr(self, name)[chosen])
+
+
 LowerSolver = Callable[[Tensor, MintWeights, Activation | Slopes, str], Wave]
 
 
@@ -271,11 +311,9 @@ def _newton(
     known1, known2, known3 = known[0], known[1], known[2].squeeze(2)
     centre1, centre2, centre3 = centres
     epsilon = torch.finfo(z.dtype).eps
-    steep, flat = (t + share) * (1 + SLACK * epsilon), t * (1 - SLACK * epsilon)
-    x = (z - known3) / steep
+    x = (z - known3) / (t + share)
     x = torch.where(x.isfinite(), x, 0)
-    low, high = torch.full_like(x, -torch.inf), torch.full_like(x, torch.inf)
-    before = earlier = high  # widths of the bracket, one and two steps ago
+    bracket = Bracket(t, t + share, x, moving=False)
     running = torch.ones_like(x, dtype=torch.bool)
     steps = torch.zeros_like(x, dtype=torch.int64)
     for step in range(STEPS):
@@ -288,15 +326,7 @@ def _newton(
         running = running & error.isfinite() & (error.abs() > epsilon * size)
         if step == STEPS - 1:
             break  # with values that belong to x
-        # The root is where both bounds of the slope say.
-        near, far = x - error / steep, x - error / flat
-        low = torch.maximum(low, torch.minimum(near, far))
-        high = torch.minimum(high, torch.maximum(near, far))
-        width = high - low
-        new = x - error / slope
-        bisect = ~((low <= new) & (new <= high)) | (width > 0.5 * earlier)
-        new = torch.where(bisect, low + 0.5 * width, new)
-        before, earlier = width, torch.where(bisect, width, before)
+        new = bracket.step(x, error, error / slope)
         running = running & new.isfinite() & (new != x)
         if not bool(running.any()):
             break

@@ -102,3 +102,18 @@ def mint_forward(
     through = torch.matmul(centres, activation.slope(h1).reshape(per_colour))
     diagonal = (through * activation.slope(h2).reshape(per_colour)).sum(2)
     return y, diagonal.view(x.shape) + weights.t
+
+
+def mint_magnitude(x: Tensor, weights: MintWeights, activation: Activation) -> Tensor:
+    """What rounding in a Mint layer at x is relative to, (B, C, H, W).
+
+    The absolute values of all that is added up, each with the slope by which its rounding reaches
+    the output.
+    """
+    assert activation.slope is not None
+    w1, b1, w2, b2, w3, b3 = (weight.abs() for weight in weights[:6])
+    h1 = activation.function(F.conv2d(x, weights.weight1, weights.bias1, padding="same"))
+    h2 = activation.function(F.conv2d(h1, weights.weight2, weights.bias2, padding="same"))
+    first = activation.slope(h1) * F.conv2d(x.abs(), w1, b1, padding="same")
+    second = activation.slope(h2) * F.conv2d(2 * h1.abs() + first, w2, b2, padding="same")
+    return F.conv2d(h2.abs() + second, w3, b3, padding="same") + (weights.t * x).abs()

@@ -25,22 +25,18 @@ from mintnet_triton.classifier import MintClassifier
 from mintnet_triton.conv import MaskedConv2d
 from mintnet_triton.flow import MintNet
 from mintnet_triton.images import ImagePreprocess, bits_per_dim
-from mintnet_triton.inverse import (
-    FixedPoint,
-    InversionResult,
-    Invertible,
-    NotConvergedError,
-    invert,
-)
+from mintnet_triton.inverse import InversionResult, Invertible, NotConvergedError, invert
 from mintnet_triton.kernels import Activation, BackendError, use_backend
 from mintnet_triton.mint import MintLayer, MintPair, Squeeze, frozen
 from mintnet_triton.ordering import Ordering, OrderingError
+from mintnet_triton.solvers import Auto, FixedPoint, Solver, Wavefront
 from mintnet_triton.tuning import tune
 from mintnet_triton.verify import VerifyReport, verify
 from mintnet_triton.version import __version__
 
 __all__ = [
     "Activation",
+    "Auto",
     "BackendError",
     "CheckpointError",
     "Compose",
@@ -60,10 +56,12 @@ __all__ = [
     "Ordering",
     "OrderingError",
     "SingularJacobianError",
+    "Solver",
     "Squeeze",
     "Sum",
     "TriangularMap",
     "VerifyReport",
+    "Wavefront",
     "__version__",
     "bits_per_dim",
     "calculus",

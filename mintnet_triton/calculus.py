@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mintnet_triton.checks import check_odd, is_traced
-from mintnet_triton.inverse import (
+from mintnet_triton.inverse import Shape, Stage
+from mintnet_triton.kernels import Activation, Wave, find_activation
+from mintnet_triton.ordering import Ordering, common_ordering
+from mintnet_triton.solvers import (
     Evaluator,
-    FixedPoint,
-    Shape,
+    LinearSolver,
     Solution,
-    Stage,
+    Solver,
     log_abs_det,
     max_error,
     relative_residual,
 )
-from mintnet_triton.kernels import Activation, find_activation
-from mintnet_triton.ordering import Ordering, common_ordering
 
 Scale = float | Tensor
 
@@ -54,22 +54,69 @@ class TriangularMap(Stage):
         return z
 
     def solve(
-        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        return solver.solve(self.evaluator(), z, self.start(z), trace=trace, reference=reference)
+        return solver.solve(self, z, trace=trace, reference=reference)
+
+    def slope_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Bounds of the diagonal that broadcast against x, if they are known."""
+        return None
+
+    @property
+    def has_wavefront(self) -> bool:
+        """Whether :meth:`wavefront` inverts it."""
+        return False
+
+    def wavefront(self, z: Tensor) -> Wave:
+        """The inverse in the order of dependency, in float64.
+
+        Raises:
+            TypeError: this map is not a Mint layer.
+        """
+        raise TypeError(
+            f"Wavefront inverts Mint layers, and {type(self).__name__} is none; Auto and "
+            "FixedPoint invert it"
+        )
+
+    def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
+        evaluate = self.evaluator()
+
+        def solve(right: Tensor) -> Tensor:
+            # Jacobi's method ends for a triangular matrix, after as many steps as it has rows.
+            point = x.repeat(len(right) // len(x), *[1] * (x.ndim - 1))
+            _, diagonal = evaluate(point)
+            with torch.enable_grad():
+                pull = torch.func.vjp(lambda v: evaluate(v)[0], point)[1]
+                # J v is the transpose of J^T v; forward mode would do more, and compile for it.
+                push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(point))[1]
+            solved = right / diagonal
+            for _ in range(x[0].numel()):
+                (image,) = (pull if transpose else push)(solved)
+                change = (right - image) / diagonal
+                solved = solved + change
+                if bool((change.abs() <= torch.finfo(x.dtype).eps * solved.abs()).all()):
+                    break
+            return solved
+
+        return solve
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        y, diagonal = self.evaluator()(x)
+        return y.abs() + (diagonal * x).abs() + 1
 
     def solve_exactly(
-        self, z: Tensor, x: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+        self, z: Tensor, x: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
         """The solution x, known in closed form, with the residual it really has."""
         y, diagonal = self.evaluator()(x)
         residual = relative_residual(y, z)
-        rows = solver.iterations
+        rows, none = solver.rows, torch.zeros(len(z), dtype=torch.int64, device=z.device)
         return Solution(
             x,
             -log_abs_det(diagonal),
             residual,
-            torch.zeros(len(z), dtype=torch.int64, device=z.device),
+            none,
+            none.bool(),
             residual.repeat(rows, 1) if trace else None,
             max_error(x, reference).repeat(rows, 1) if trace and reference is not None else None,
         )
@@ -146,7 +193,7 @@ class MaskedAffine(TriangularMap):
         )
 
     def solve(
-        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
         if self.weight.ndim == 4:
             return super().solve(z, solver, trace=trace, reference=reference)
@@ -179,7 +226,7 @@ class Elementwise(TriangularMap):
         return lambda x: (self.activation.function(x), self.activation.derivative(x))
 
     def solve(
-        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
         if self.activation.inverse is None:
             return super().solve(z, solver, trace=trace, reference=reference)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mintnet_triton.checks import as_kernel_sizes, as_size, check_finite, check_integer
-from mintnet_triton.inverse import Chain, FixedPoint, Invertible, Shape, log_det_dtype
+from mintnet_triton.inverse import Chain, Invertible, Shape
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintPair, Squeeze
 from mintnet_triton.ordering import Order
 from mintnet_triton.presets import model_arguments
+from mintnet_triton.solvers import Solver, log_det_dtype
 
 
 def squeeze_positions(pairs: int, squeezes: int) -> list[int]:
@@ -160,20 +161,21 @@ class MintNet(Chain):
         z, log_det = self(x)
         return _standard_normal_log_prob(z) + log_det
 
+    @torch.no_grad()
     def sample(
         self,
         n: int,
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
-        solver: FixedPoint | None = None,
+        solver: Solver | None = None,
     ) -> Tensor:
-        """Draw n samples x (n, C, H, W) in logit space.
+        """Draw n samples x (n, C, H, W) in logit space, without gradients.
 
         Args:
             n: how many.
             generator: source of randomness; the default one of the device if None.
             temperature: standard deviation of the latents.
-            solver: of the inverse; ``FixedPoint()`` if None.
+            solver: of the inverse; ``Auto()`` if None.
 
         Raises:
             NotConvergedError: the inverse of some sample did not converge.
@@ -186,9 +188,11 @@ class MintNet(Chain):
         n: int,
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
-        solver: FixedPoint | None = None,
+        solver: Solver | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples as :meth:`sample` draws them, and their ``log_prob`` (n,) under the flow.
+
+        Both are differentiable by the parameters, as training by reverse KL divergence needs.
 
         Raises:
             NotConvergedError: the inverse of some sample did not converge.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mintnet_triton.checks import check_integer, check_tensor
 from mintnet_triton.flow import MintNet
-from mintnet_triton.inverse import log_det_dtype
 from mintnet_triton.presets import load_preset
+from mintnet_triton.solvers import log_det_dtype
 
 
 class ImagePreprocess(nn.Module):

@@ -1,21 +1,35 @@
-"""What is invertible, and how it is inverted: Algorithm 1 of the paper.
+"""What is invertible, how it is inverted, and what is known of the result.
 
-A :class:`Stage` is solved as a whole; a :class:`Chain` (a pair, a network) is not triangular and is
-inverted stage by stage, from the last to the first.
+A :class:`Stage` is solved as a whole by one of the :mod:`.solvers`; a :class:`Chain` (a pair, a
+network) is not triangular and is inverted stage by stage, from the last to the first.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.checks import NonFiniteError, check_finite, check_integer, check_tensor
+from mintnet_triton.certificate import ErrorBound
+from mintnet_triton.checks import NonFiniteError, check_finite, check_tensor
+from mintnet_triton.implicit import differentiable_solution
 from mintnet_triton.kernels import full_float32
+from mintnet_triton.solvers import (
+    Auto,
+    Evaluator,
+    LinearSolver,
+    Solution,
+    Solver,
+    log_det_dtype,
+    relative_residual,
+    rounded,
+)
 
-Evaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
 Shape = tuple[int | None, ...]
+AnyInvertible = TypeVar("AnyInvertible", bound="Invertible")
 
 
 class Invertible(nn.Module):
@@ -62,10 +76,11 @@ class Invertible(nn.Module):
         """The named stages from data to latent; a stage is its own only one, with no name."""
         raise NotImplementedError
 
-    def inverse(self, y: Tensor, solver: "FixedPoint | None" = None) -> tuple[Tensor, Tensor]:
-        """Map y back to x; ``FixedPoint()`` is the default solver.
+    def inverse(self, y: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor]:
+        """Map y back to x; ``Auto()`` is the default solver.
 
-        Not differentiable: x and log_det carry no gradient.
+        Differentiable once by y and the parameters, by the implicit function theorem: memory does
+        not grow with iterations.
 
         Returns:
             x, and log|det dx/dy| of shape (B,).
@@ -74,7 +89,7 @@ class Invertible(nn.Module):
             NotConvergedError: some sample did not converge; it carries the ``result``.
             TypeError, ValueError: y is not a finite tensor of the right shape, dtype and device.
         """
-        result = invert(self, y, solver)
+        result = _invert(self, y, solver, differentiable=torch.is_grad_enabled())
         result.raise_if_not_converged()
         return result.x, result.log_det
 
@@ -90,10 +105,28 @@ class Stage(Invertible):
         raise NotImplementedError
 
     def solve(
-        self, z: Tensor, solver: "FixedPoint", *, trace: bool, reference: Tensor | None
-    ) -> "Solution":
+        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
         """Find x with f(x) = z."""
         raise NotImplementedError
+
+    def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
+        """``max |f(x) - z| / max(1, max |z|)`` (B,), computed in float64 where weights allow it."""
+        return relative_residual(self.evaluator()(x)[0], z)
+
+    def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
+        """right -> v with ``J v = right``, or ``J^T v = right``, for the Jacobian J at x (B, ...).
+
+        ``right`` may have several times as many samples, x being repeated for them.
+        """
+        raise NotImplementedError
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        """What rounding in f(x) is relative to, shaped like x: the sum of absolute values."""
+        raise NotImplementedError
+
+    def share_frozen(self, other: "Stage") -> None:
+        """Use what :func:`mintnet_triton.frozen` keeps in another stage of the same kind."""
 
 
 class Reshaping(Stage):
@@ -124,155 +157,31 @@ class Chain(Invertible):
         return x, log_det
 
 
-def log_det_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def log_abs_det(diagonal: Tensor) -> Tensor:
-    """log|det| (B,) of a triangular matrix from its diagonal (B, ...) (Theorem 1)."""
-    return diagonal.to(log_det_dtype(diagonal)).abs().log().flatten(1).sum(1)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A solver's answer for one stage, per sample."""
-
-    x: Tensor  # (B, ...)
-    log_det: Tensor  # (B,), of the inverse map
-    residual: Tensor  # (B,), at x
-    iterations: Tensor  # (B,), int64
-    trace: Tensor | None = None  # (T, B)
-    error_trace: Tensor | None = None  # (T, B)
-
-
-def max_error(x: Tensor, reference: Tensor) -> Tensor:
-    """Largest absolute difference per sample, (B,)."""
-    return (x - reference).abs().flatten(1).amax(1)
-
-
-def relative_residual(y: Tensor, z: Tensor) -> Tensor:
-    """``max |y - z| / max(1, max |z|)`` per sample, (B,)."""
-    return max_error(y, z) / z.abs().flatten(1).amax(1).clamp(min=1)
-
-
-@dataclass(frozen=True)
-class FixedPoint:
-    """Algorithm 1: ``x <- x - alpha (f(x) - z) / diag J_f(x)``, from x = z / t.
-
-    A Newton iteration that ignores everything off the diagonal, hence parallel over all variables;
-    it converges locally (Theorem 2). A sample stops as soon as its residual is within the
-    tolerance.
-
-    Args:
-        alpha: step, in the open interval (0, 2).
-        iterations: most updates of a layer, T in the paper.
-        tolerance: largest residual of a converged sample, ``max |f(x) - z| / max(1, max |z|)``.
-            None means 1e-5 in float32 and 1e-12 in float64.
-
-    Raises:
-        ValueError, TypeError: an argument outside its range.
-    """
-
-    alpha: float = 1.0
-    iterations: int = 100
-    tolerance: float | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.alpha, int | float):
-            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
-        if not 0 < self.alpha < 2:
-            raise ValueError(
-                f"alpha must be in the open interval (0, 2), got {self.alpha}: outside it the "
-                "iteration does not converge even locally (Theorem 2)"
-            )
-        check_integer("iterations", self.iterations, least=1)
-        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
-            raise ValueError(f"tolerance must be finite and at least 0, got {self.tolerance}")
-
-    def tolerance_for(self, dtype: torch.dtype) -> float:
-        """The tolerance, or the default of that dtype."""
-        if self.tolerance is not None:
-            return self.tolerance
-        return 1e-12 if dtype == torch.float64 else 1e-5
-
-    def solve(
-        self,
-        evaluate: Evaluator,
-        z: Tensor,
-        start: Tensor,
-        *,
-        trace: bool,
-        reference: Tensor | None,
-    ) -> Solution:
-        """Solve f(x) = z for one triangular map.
-
-        Args:
-            evaluate: x -> (f(x), diagonal of the Jacobian), both shaped like x.
-            z: (B, ...).
-            start: first x, shaped like z.
-            trace: keep the residuals after every iteration.
-            reference: the true x, for the trace of errors.
-        """
-        tolerance = self.tolerance_for(z.dtype)
-        x = start.clone()
-        y, diagonal = evaluate(x)
-        diagonal = diagonal.clone()  # it may be a view of one value, and is written to below
-        residual = relative_residual(y, z)
-        iterations = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        # A sample that has stopped keeps its last value in the rows that follow.
-        residuals = residual.repeat(self.iterations, 1) if trace else None
-        errors = None
-        if trace and reference is not None:
-            errors = max_error(x, reference).repeat(self.iterations, 1)
-
-        # What follows runs on the samples that are still active; NaN counts as stopped.
-        active = torch.arange(len(z), device=z.device)
-        active_x, active_y, active_z, active_diagonal = x, y, z, diagonal
-        active_residual = residual
-        for iteration in range(self.iterations):
-            running = active_residual.isfinite() & (active_residual > tolerance)
-            if not bool(running.all()):
-                active = active[running]
-                active_x, active_y, active_z, active_diagonal = (
-                    values[running] for values in (active_x, active_y, active_z, active_diagonal)
-                )
-            if len(active) == 0:
-                break
-            active_x = active_x - self.alpha * (active_y - active_z) / active_diagonal
-            active_y, active_diagonal = evaluate(active_x)
-            active_residual = relative_residual(active_y, active_z)
-            iterations[active] += 1
-            x[active], diagonal[active] = active_x, active_diagonal
-            residual[active] = active_residual
-            if residuals is not None:
-                residuals[iteration:, active] = active_residual
-            if errors is not None and reference is not None:
-                errors[iteration:, active] = max_error(active_x, reference[active])
-        return Solution(x, -log_abs_det(diagonal), residual, iterations, residuals, errors)
-
-
 @dataclass(frozen=True, repr=False)
 class InversionResult:
     """What came of an inversion, per sample and per layer; check ``converged`` before using ``x``.
 
     ``converged`` bounds the residual |f(x) - z|, not the error of x: where the map is nearly flat
-    or steep, a small residual leaves a larger error, and float64 makes both smaller.
+    or steep, a small residual leaves a larger error, which ``error_bound`` tells.
 
     L layers are listed in the direction of ``forward``, data first; a reshaping (squeeze) is not
-    counted. T is the solver's number of iterations; a sample that stopped earlier keeps its last
-    value in the rows that follow.
+    counted. T is the solver's number of iterations, 1 for the wavefront; a sample that stopped
+    earlier keeps its last value in the rows that follow.
     """
 
     x: Tensor  #: (B, ...), the answer where ``converged``, the last iterate elsewhere
     log_det: Tensor  #: (B,), of the inverse map at x
     residual: Tensor  #: (B,), of the worst layer; of a composition as a whole, if that is worse
-    iterations: Tensor  #: (B,), int64, the largest over the layers
+    iterations: Tensor  #: (B,), int64, the largest over the layers; of the wavefront, Newton steps
     converged: Tensor  #: (B,), bool: x and log_det finite, every residual within the tolerance
     layers: tuple[str, ...]  #: names of the layers
     layer_residuals: Tensor  #: (L, B)
     layer_converged: Tensor  #: (L, B), bool
+    layer_wavefront: Tensor  #: (L, B), bool: whether the wavefront finished it
     tolerance: float  #: the one applied
+    error_bound: Tensor | None = (
+        None  #: (B,), float64, of ``max |x - exact inverse|``, if asked for
+    )
     trace: list[Tensor] | None = None  #: residuals (T, B) of each layer, if asked for
     error_trace: list[Tensor] | None = None  #: ``max |x - reference|`` (T, B), if a reference came
 
@@ -309,10 +218,11 @@ class NotConvergedError(RuntimeError):
         super().__init__(
             f"{failed} of {len(result.converged)} samples did not converge; the first failure is "
             f"in {place}, worst residual {float(residuals.max()):.3g}, tolerance "
-            f"{result.tolerance:.3g}. Try solver=FixedPoint(alpha, iterations) with a smaller "
-            "alpha and more iterations, a larger tolerance, or float64; a z outside the range of "
-            "the map has no inverse, nor has a map whose parameters are not finite. The error's "
-            ".result tells the samples apart."
+            f"{result.tolerance:.3g}. The default solver does not fail on a Mint layer unless "
+            "rounding keeps it from the tolerance: a larger tolerance, or float64, helps then. "
+            "With FixedPoint, a smaller alpha, more iterations or the safeguard may help. A z "
+            "outside the range of the map has no inverse, nor has a map whose parameters are not "
+            "finite. The error's .result tells the samples apart."
         )
 
     def __reduce__(self) -> tuple[type["NotConvergedError"], tuple[InversionResult]]:
@@ -323,106 +233,199 @@ class NotConvergedError(RuntimeError):
 def invert(
     module: Invertible,
     z: Tensor,
-    solver: FixedPoint | None = None,
+    solver: Solver | None = None,
     *,
     trace: bool = False,
     reference: Tensor | None = None,
+    certify: bool = False,
 ) -> InversionResult:
     """Invert a layer, a pair, a network or anything of the calculus, and report how it went.
 
     Never runs below float32: half-precision z and parameters are taken to float32 first, and
-    autocast and TensorFloat-32 are off inside. Not differentiable.
+    autocast and TensorFloat-32 are off inside. The wavefront runs in float64, through all layers,
+    and x is rounded at the end. Not differentiable; ``module.inverse`` is.
 
     Args:
         module: what to invert.
         z: (B, ...), an output of ``module``.
-        solver: ``FixedPoint()`` by default.
+        solver: ``Auto()`` by default.
         trace: also return the residual of every sample after every iteration, for each layer.
         reference: the true x (B, ...): with the trace come the errors against it.
+        certify: also bound the error of x, by residuals in float64 carried through the inverse's
+            Jacobian, layer by layer; costs about three forward passes.
 
     Raises:
         TypeError, ValueError: z or reference is not a finite tensor of the right shape, dtype and
             device, module or solver is of another kind, or a reference came without ``trace``.
     """
+    return _invert(module, z, solver, trace=trace, reference=reference, certify=certify)
+
+
+def _invert(
+    module: Invertible,
+    z: Tensor,
+    solver: Solver | None,
+    *,
+    trace: bool = False,
+    reference: Tensor | None = None,
+    certify: bool = False,
+    differentiable: bool = False,
+) -> InversionResult:
     if not isinstance(module, Invertible):
         raise TypeError(f"module must be an Invertible, got {type(module).__name__}")
-    solver = FixedPoint() if solver is None else solver
-    if not isinstance(solver, FixedPoint):
-        raise TypeError(f"solver must be a FixedPoint, got {type(solver).__name__}")
+    solver = Auto() if solver is None else solver
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
     if reference is not None and not trace:
         raise ValueError("reference is for the trace: give trace=True with it")
+    originals = [stage for _, stage in module.stages()]
     module = _at_least_float32(module)
     z = _prepare(module, "z", z, module.output_shape)
-    stages = list(module.stages())
+    if reference is not None:
+        reference = _prepare(module, "reference", reference, module.input_shape)
+        if len(reference) != len(z):
+            raise ValueError(f"reference has {len(reference)} samples, z has {len(z)}")
+    solver = solver.with_tolerance(solver.tolerance_for(z.dtype))
+    module = _in_dtype(module, solver.dtype_for(z))
     with torch.autocast(z.device.type, enabled=False), full_float32():
-        references: list[Tensor | None] = [None] * len(stages)
-        if reference is not None:
-            point = _prepare(module, "reference", reference, module.input_shape)
-            if len(point) != len(z):
-                raise ValueError(f"reference has {len(point)} samples, z has {len(z)}")
-            for index, (_, stage) in enumerate(stages):
-                references[index] = point
-                point, _ = stage(point)
+        return _solve_stages(
+            module, originals, z, solver, trace, reference, certify, differentiable
+        )
 
-        solved: list[tuple[str, Solution]] = []
-        x = z
-        log_det = z.new_zeros(len(z))
-        for (name, stage), known in zip(reversed(stages), reversed(references), strict=True):
-            solution = stage.solve(x, solver, trace=trace, reference=known)
-            x = solution.x
-            log_det = log_det + solution.log_det
-            if not isinstance(stage, Reshaping):
-                solved.insert(0, (name or type(stage).__name__, solution))
-        # Residuals of the factors do not bound that of a composition, which is one map.
-        whole = z.new_zeros(len(z))
-        if isinstance(module, Stage) and len(stages) > 1:
-            whole = relative_residual(module.evaluator()(x)[0], z)
-    return _collect(x, log_det, whole, solved, solver.tolerance_for(z.dtype))
+
+def _solve_stages(
+    module: Invertible,
+    originals: list[Stage],
+    z: Tensor,
+    solver: Solver,
+    trace: bool,
+    reference: Tensor | None,
+    certify: bool,
+    differentiable: bool,
+) -> InversionResult:
+    """Solve the stages of a module in the dtype that the solver wants.
+
+    Args:
+        originals: the same stages with the parameters that gradients are for.
+    """
+    dtype = solver.dtype_for(z)
+    stages = list(module.stages())
+    references = _references(stages, reference, dtype)
+    left = sum(not isinstance(stage, Reshaping) for _, stage in stages)
+    x = z.to(dtype)
+    log_det = x.new_zeros(len(x), dtype=log_det_dtype(x))
+    bound = ErrorBound(x) if certify else None
+    solved: list[tuple[str, Solution]] = []
+    for (name, stage), original, known in zip(
+        reversed(stages), reversed(originals), reversed(references), strict=True
+    ):
+        if isinstance(stage, Reshaping):
+            x = _moved_back(stage, solver, x)
+            if bound is not None:
+                bound.reshape(partial(_moved_back, stage, solver))
+            continue
+        target = x
+        with torch.no_grad():
+            solution = stage.solve(target, solver, trace=trace, reference=known)
+            left -= 1
+            if left == 0 and dtype != z.dtype:
+                # What is returned is rounded, and judged as such.
+                nearest = rounded(solution.x, z.dtype).to(dtype)
+                residual = stage.exact_residual(nearest, target).nan_to_num(nan=torch.inf)
+                solution = replace(solution, x=nearest, residual=residual)
+            if bound is not None:
+                bound.through(_in_dtype(stage, torch.float64), solution.x, target)
+        x, step_log_det = solution.x, solution.log_det
+        if differentiable:
+            x, step_log_det = differentiable_solution(original, stage, target, solution)
+        log_det = log_det + step_log_det
+        solved.insert(0, (name or type(stage).__name__, solution))
+    # Residuals of the factors do not bound that of a composition, which is one map.
+    whole = z.new_zeros(len(z), dtype=dtype)
+    if isinstance(module, Stage) and len(stages) > 1:
+        with torch.no_grad():
+            whole = module.exact_residual(x, z.to(dtype))
+    x, log_det = x.to(z.dtype), log_det.to(log_det_dtype(z))
+    return _collect(x, log_det, whole, solved, solver, bound)
+
+
+def _moved_back(stage: Reshaping, solver: Solver, values: Tensor) -> Tensor:
+    return stage.solve(values, solver, trace=False, reference=None).x
+
+
+def _references(
+    stages: list[tuple[str, Stage]], reference: Tensor | None, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """The true x of each stage."""
+    if reference is None:
+        return [None] * len(stages)
+    points: list[Tensor | None] = []
+    point = reference.to(dtype)
+    for _, stage in stages:
+        points.append(point)
+        point, _ = stage(point)
+    return points
 
 
 def _collect(
-    x: Tensor, log_det: Tensor, whole: Tensor, solved: list[tuple[str, Solution]], tolerance: float
+    x: Tensor,
+    log_det: Tensor,
+    whole: Tensor,
+    solved: list[tuple[str, Solution]],
+    solver: Solver,
+    bound: ErrorBound | None,
 ) -> InversionResult:
     """Join the solutions of the layers, of which there may be none, and the residual as a whole."""
     solutions = [solution for _, solution in solved]
-    none = x.new_zeros(0, len(x))
-    residuals = torch.cat([none, *(solution.residual[None] for solution in solutions)])
-    iterations = torch.cat([none.long(), *(solution.iterations[None] for solution in solutions)])
-    converged = torch.cat(
-        [
-            none.bool(),
-            *(
-                (
-                    solution.x.isfinite().flatten(1).all(1)
-                    & solution.log_det.isfinite()
-                    & (solution.residual <= tolerance)
-                )[None]
-                for solution in solutions
-            ),
-        ]
-    )
+    tolerance = solver.tolerance_for(x.dtype)
+
+    def stack(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+        none = x.new_zeros(0, len(x), dtype=dtype)
+        return torch.cat([none, *(row[None].to(dtype) for row in rows)])
+
+    residuals = stack([solution.residual for solution in solutions], x.dtype)
+    iterations = stack([solution.iterations for solution in solutions], torch.int64)
+    finite = [
+        solution.x.isfinite().flatten(1).all(1) & solution.log_det.isfinite()
+        for solution in solutions
+    ]
+    converged = stack(finite, torch.bool) & (residuals <= tolerance)
     traces = [solution.trace for solution in solutions if solution.trace is not None]
     errors = [solution.error_trace for solution in solutions if solution.error_trace is not None]
     return InversionResult(
         x=x,
         log_det=log_det,
-        residual=torch.cat([whole[None], residuals]).amax(0),  # keeps a NaN
+        residual=torch.cat([whole[None].to(x.dtype), residuals]).amax(0),  # keeps a NaN
         iterations=torch.cat([iterations.new_zeros(1, len(x)), iterations]).amax(0),
-        converged=converged.all(0) & (whole <= tolerance),
+        # A value that rounding has made infinite is no answer.
+        converged=converged.all(0) & (whole <= tolerance) & x.isfinite().flatten(1).all(1),
         layers=tuple(name for name, _ in solved),
         layer_residuals=residuals,
         layer_converged=converged,
+        layer_wavefront=stack([solution.wavefront for solution in solutions], torch.bool),
         tolerance=tolerance,
-        trace=traces or None,
-        error_trace=errors or None,
+        error_bound=None if bound is None else bound.value(),
+        trace=[trace.to(x.dtype) for trace in traces] or None,
+        error_trace=[trace.to(x.dtype) for trace in errors] or None,
     )
 
 
 def _at_least_float32(module: Invertible) -> Invertible:
     """The module, or a float32 copy if any of its parameters is of lower precision."""
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
-        return copy.deepcopy(module).float()
+        return _in_dtype(module, torch.float32)
     return module
+
+
+def _in_dtype(module: AnyInvertible, dtype: torch.dtype) -> AnyInvertible:
+    """The module, or a copy with parameters of that dtype."""
+    if all(parameter.dtype == dtype for parameter in module.parameters()):
+        return module
+    copied = copy.deepcopy(module)
+    for new, old in zip(copied.modules(), module.modules(), strict=True):
+        if isinstance(new, Stage) and isinstance(old, Stage):
+            new.share_frozen(old)
+    return copied.to(dtype)
 
 
 def _prepare(module: Invertible, name: str, x: Tensor, shape: Shape | None) -> Tensor:

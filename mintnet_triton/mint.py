@@ -11,27 +11,32 @@ from torch import Tensor, nn
 from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.checks import as_kernel_sizes, as_size, check_positive
 from mintnet_triton.conv import MaskedConv2d
-from mintnet_triton.inverse import (
-    Chain,
-    Evaluator,
-    FixedPoint,
-    Invertible,
-    Reshaping,
-    Shape,
-    Solution,
-    log_det_dtype,
-)
+from mintnet_triton.inverse import Chain, Invertible, Reshaping, Shape, Stage
 from mintnet_triton.kernels import (
     Activation,
     FrozenWeights,
     MintWeights,
+    Wave,
     find_activation,
     fixed_point,
     mint_forward,
+    mint_jacobian_solver,
+    mint_magnitude,
     mint_map,
+    steepest_share,
     use_triton,
+    wavefront,
 )
 from mintnet_triton.ordering import Order, Ordering, Triangle
+from mintnet_triton.solvers import (
+    Evaluator,
+    FixedPoint,
+    LinearSolver,
+    Solution,
+    Solver,
+    log_det_dtype,
+    relative_residual,
+)
 
 Initialisation = Literal["density", "classifier", "near_identity"]
 
@@ -173,11 +178,13 @@ class MintLayer(TriangularMap):
         return z / (self._frozen.weights.t if self._frozen else self.positive_t())
 
     def solve(
-        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        # The kernels keep no iterates that could be compared with a reference.
-        if reference is not None or not use_triton(z, self.activation):
+        # The kernels keep no iterates to compare with a reference, and have one step for all.
+        plain = isinstance(solver, FixedPoint) and not solver.safeguard and reference is None
+        if not plain or not use_triton(z, self.activation):
             return super().solve(z, solver, trace=trace, reference=reference)
+        assert isinstance(solver, FixedPoint)
         x, log_det, residuals, iterations = fixed_point(
             z,
             self.start(z),
@@ -192,7 +199,54 @@ class MintLayer(TriangularMap):
         rows = torch.arange(1, solver.iterations + 1, device=z.device)[:, None]
         traced = residuals.gather(0, rows.minimum(iterations)) if trace else None
         last = residuals.gather(0, iterations[None])[0]
-        return Solution(x, -log_det, last, iterations, traced)
+        return Solution(x, -log_det, last, iterations, torch.zeros_like(last).bool(), traced)
+
+    def _weights_in(self, dtype: torch.dtype) -> MintWeights:
+        """Effective weights of that dtype, without gradients."""
+        weights = self._frozen.weights if self._frozen else self.effective_weights()
+        return MintWeights(*(weight.detach().to(dtype) for weight in weights))
+
+    def slope_bounds(self) -> tuple[Tensor, Tensor] | None:
+        if self.activation.steepest is None:
+            return None
+        weights = self._weights_in(log_det_dtype(self.t))
+        return weights.t, weights.t + steepest_share(weights, self.activation)[:, None, None]
+
+    @property
+    def has_wavefront(self) -> bool:
+        return self.activation.steepest is not None
+
+    def wavefront(self, z: Tensor) -> Wave:
+        """The inverse in the order of dependency, in float64.
+
+        Raises:
+            ValueError: the activation's steepest slope is not known.
+        """
+        if not self.has_wavefront:
+            raise ValueError(
+                f"activation {self.activation.name!r} has no steepest slope, which Wavefront needs "
+                "for its brackets: give Activation(..., steepest=...) a bound of the derivative"
+            )
+        weights = self._weights_in(torch.float64)
+        return wavefront(z.double(), weights, self.activation, *self._structure)
+
+    def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
+        weights = self._weights_in(torch.float64)
+        y = mint_map(x.double(), weights, self.activation, *self._structure)
+        return relative_residual(y, z.double())
+
+    def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
+        weights = self._weights_in(torch.float64)
+        arguments = (weights, self.activation, *self._structure, transpose)
+        solve = mint_jacobian_solver(x.double(), *arguments)
+        return lambda right: solve(right.double()).to(x.dtype)
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        return mint_magnitude(x, self._weights_in(x.dtype), self.activation)
+
+    def share_frozen(self, other: Stage) -> None:
+        assert isinstance(other, MintLayer)
+        self._frozen = other._frozen
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, _, log_det = mint_forward(
@@ -298,7 +352,7 @@ class Squeeze(Reshaping):
         return y.reshape(batch, 4 * colours, *half), _no_log_det(x)
 
     def solve(
-        self, z: Tensor, solver: FixedPoint, *, trace: bool, reference: Tensor | None
+        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
         batch, channels, height, width = z.shape
         if channels % 4:
@@ -306,7 +360,7 @@ class Squeeze(Reshaping):
         by_tap = z.reshape(batch, 4, channels // 4, height, width).transpose(1, 2)
         x = F.pixel_shuffle(by_tap.reshape(z.shape), 2)
         steps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        return Solution(x, _no_log_det(z), z.new_zeros(len(z)), steps)
+        return Solution(x, _no_log_det(z), z.new_zeros(len(z)), steps, steps.bool())
 
 
 def _no_log_det(x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.calculus import TriangularMap
-from mintnet_triton.inverse import Invertible, invert, max_error
+from mintnet_triton.inverse import Invertible, invert
 from mintnet_triton.ordering import Ordering
+from mintnet_triton.solvers import max_error
 
 LOG_DET_TOLERANCE = 1e-9  # relative, in float64
 

@@ -139,7 +139,7 @@ def test_composition_of_compositions_inverts_factor_by_factor() -> None:
     layer = Compose(affine(ORDERINGS[1], 5, generator), inner)
     x = torch.randn(3, *SHAPE, dtype=torch.float64) / 4
     y, _ = layer(x)
-    result = mint.invert(layer, y, trace=True)
+    result = mint.invert(layer, y, mint.FixedPoint(), trace=True)
     assert result.layers == ("f1.f1", "f1.f2", "f2")
     assert result.converged.all()
     torch.testing.assert_close(result.x, x, rtol=1e-8, atol=1e-8)
@@ -237,7 +237,7 @@ def test_a_composition_is_judged_as_one_map() -> None:
     layer = Compose(steep, Compose(Elementwise("tanh"), conv))
     x = torch.randn(4, *SHAPE) / 4
     z = layer(x)[0].detach()
-    result = mint.invert(layer, z)
+    result = mint.invert(layer, z, mint.FixedPoint())
     error = (layer(result.x)[0] - z).detach().abs().flatten(1).amax(1)
     truth = error / z.abs().flatten(1).amax(1).clamp(min=1)
     assert torch.equal(result.converged, truth <= 1e-5)

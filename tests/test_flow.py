@@ -218,7 +218,7 @@ def test_a_solver_can_be_given_wherever_the_inverse_is_taken() -> None:
     flow = small_flow()
     hasty = mint.FixedPoint(iterations=1)
     for call in (flow.sample, flow.sample_and_log_prob):
-        with pytest.raises(mint.NotConvergedError, match=r"Try solver=.*\.result") as caught:
+        with pytest.raises(mint.NotConvergedError, match=r"With FixedPoint, .*\.result") as caught:
             call(2, solver=hasty)
         assert repr(caught.value.result).startswith("InversionResult(0 of 2 samples converged")
         call(2, solver=mint.FixedPoint(alpha=0.7, iterations=300))

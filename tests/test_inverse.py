@@ -72,8 +72,8 @@ def test_inverse_raises_where_the_trained_network_does_not_converge(
 ) -> None:
     flow, values = mnist5k
     z = values["prior_z"][:2].float().view(-1, *flow.latent_shape)
-    with pytest.raises(mint.NotConvergedError, match=r"layers\.4\.0.*Try .*smaller alpha"):
-        flow.inverse(z)
+    with pytest.raises(mint.NotConvergedError, match=r"layers\.4\.0.*FixedPoint.*smaller alpha"):
+        flow.inverse(z, mint.FixedPoint())
 
 
 def test_trained_network_inverts_its_data(
@@ -93,10 +93,10 @@ def test_trained_network_inverts_its_data(
 def test_samples_stop_on_their_own() -> None:
     layer, values = golden.layer(golden.HARD_LAYERS[-1])
     z = values["y"]
-    together = mint.invert(layer, z)
+    together = mint.invert(layer, z, mint.FixedPoint())
     assert len(set(together.iterations.tolist())) > 1
     for index in range(len(z)):
-        alone = mint.invert(layer, z[index : index + 1])
+        alone = mint.invert(layer, z[index : index + 1], mint.FixedPoint())
         assert int(alone.iterations) == int(together.iterations[index])
         torch.testing.assert_close(alone.x[0], together.x[index], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(
@@ -139,7 +139,7 @@ def test_trace_of_a_network_has_one_tensor_a_layer() -> None:
 
 def test_iterations_are_of_the_worst_layer_and_zero_when_the_start_is_right() -> None:
     layer = mint.MintLayer(1, 3, 2, initialisation="near_identity")
-    result = mint.invert(layer, torch.randn(2, 1, 3, 3))
+    result = mint.invert(layer, torch.randn(2, 1, 3, 3), mint.FixedPoint())
     assert result.converged.all()
     assert result.iterations.dtype == torch.int64
     assert result.iterations.tolist() == [0, 0]
@@ -155,10 +155,12 @@ def test_a_cycle_is_reported() -> None:
         for conv, value in ((layer.conv1, 3.0), (layer.conv2, 3.0), (layer.conv3, 1.0)):
             conv.weight[0, 0, 1, 1] = value
     z = torch.tensor([0.9]).double().view(1, 1, 1, 1)
-    result = mint.invert(layer, z)
+    result = mint.invert(layer, z, mint.FixedPoint())
     assert not result.converged.any()
     assert bool((result.residual > 1e-12).all() | result.residual.isnan().all())
-    calm = mint.invert(layer, torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+    assert mint.invert(layer, z, mint.FixedPoint(safeguard=True)).converged.all()
+    assert mint.invert(layer, z).converged.all()
+    calm = mint.invert(layer, torch.zeros(1, 1, 1, 1, dtype=torch.float64), mint.FixedPoint())
     assert calm.converged.all()
 
 
@@ -230,7 +232,7 @@ def test_bad_calls() -> None:
     z = torch.randn(2, 1, 3, 3)
     with pytest.raises(TypeError, match="module must be an Invertible, got Linear"):
         mint.invert(torch.nn.Linear(2, 2), z)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="solver must be a FixedPoint, got str"):
+    with pytest.raises(TypeError, match="solver must be a Solver, got str"):
         mint.invert(layer, z, "newton")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reference has 1 samples, z has 2"):
         mint.invert(layer, z, trace=True, reference=z[:1])
@@ -242,11 +244,15 @@ def test_bad_calls() -> None:
         mint.invert(layer, z, trace=True, reference=bad)
 
 
-def test_inversion_leaves_no_gradient_and_changes_no_parameter() -> None:
+def test_a_report_carries_no_gradient_and_inversion_changes_no_parameter() -> None:
     layer = mint.MintLayer(1, 3, 2)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     z = torch.randn(2, 1, 3, 3, requires_grad=True)
-    x, log_det = layer.inverse(z)
+    result = mint.invert(layer, z)
+    assert not result.x.requires_grad
+    assert not result.log_det.requires_grad
+    with torch.no_grad():
+        x, log_det = layer.inverse(z)
     assert not x.requires_grad
     assert not log_det.requires_grad
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
@@ -260,7 +266,7 @@ def test_the_start_is_z_over_t() -> None:
         layer.get_parameter("conv3.bias").zero_()
         layer.t.fill_(-4.0)
     z = torch.randn(2, 1, 3, 3, dtype=torch.float64)
-    result = mint.invert(layer, z)
+    result = mint.invert(layer, z, mint.FixedPoint())
     assert result.iterations.tolist() == [0, 0]
     torch.testing.assert_close(result.x, z / 4)
 

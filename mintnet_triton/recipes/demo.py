@@ -10,10 +10,11 @@ import torch
 from mintnet_triton.checkpoint import save
 from mintnet_triton.flow import MintNet
 from mintnet_triton.images import ImagePreprocess
-from mintnet_triton.inverse import FixedPoint, invert, max_error
+from mintnet_triton.inverse import invert
 from mintnet_triton.recipes.data import DataName, load_images
 from mintnet_triton.recipes.figures import error_curves, image_sheet, reconstruction_errors
 from mintnet_triton.recipes.training import DensityRecipe, evaluate_density, train_density
+from mintnet_triton.solvers import FixedPoint, max_error
 from mintnet_triton.verify import verify
 
 SHEET_COLUMNS = 16

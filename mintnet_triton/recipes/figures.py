@@ -7,7 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mintnet_triton.inverse import FixedPoint, Invertible, invert, max_error
+from mintnet_triton.inverse import Invertible, invert
+from mintnet_triton.solvers import FixedPoint, max_error
 
 
 def image_sheet(rows: Mapping[str, Tensor], levels: int) -> Figure:

@@ -13,6 +13,7 @@ Groups of samples are independent; threads share them.
 """
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -51,8 +52,21 @@ ELU, LEAKY_RELU, SOFTPLUS, TANH, SIGMOID = (
     NAMES.index(name) for name in ("elu", "leaky_relu", "softplus", "tanh", "sigmoid")
 )
 
-compiled = numba.njit(nogil=True, cache=True, fastmath={"contract"})
-summing = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+
+def _compiler(*fastmath: str) -> Callable[..., Any]:
+    """A decorator that compiles, and keeps what it has compiled where there is a place for it."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(nogil=True, cache=True, fastmath=set(fastmath))(function)
+        except RuntimeError:  # no folder can be written to
+            return numba.njit(nogil=True, fastmath=set(fastmath))(function)
+
+    return compile_
+
+
+compiled = _compiler("contract")
+summing = _compiler("contract", "reassoc")  # sums of lines, in any order
 
 
 @summing

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 # What a checkout may lack: all that the project asks for beyond torch and numpy.
 BARE_IMPORT = """
 import sys
-hidden = ["triton", "safetensors", "sklearn", "matplotlib", "mlxtend", "tqdm", "scipy", "pandas"]
-for name in hidden:
+hidden = ["triton", "numba", "safetensors", "sklearn", "matplotlib", "mlxtend", "tqdm", "scipy"]
+for name in [*hidden, "pandas"]:
     sys.modules[name] = None
 import mintnet_triton as mint
 import torch

@@ -17,20 +17,20 @@ def seen_inputs(
     """The input channels that output colours ``first`` to ``last`` see, as [low, high).
 
     PLACE is negative for taps before the centre in reading order, 0 for the centre. ORDER is
-    "channel" or "pixel", or "own" for each colour seeing itself alone. Plain integers in, plain
-    integers out, so that the work of a schedule can be counted with this very function.
+    "channel" or "pixel", or "own" for each colour seeing itself alone. TRIANGLE is "lower",
+    "upper", or "below": lower, but for a colour's own centre. Plain integers in, plain integers
+    out, so that the work of a schedule can be counted with this very function.
     """
     low = 0 * first
     high = 0 * first + units * colours
     if ORDER == "own":
         low = first * units
         high = (last + 1) * units
-    elif TRIANGLE == "lower":
-        if PLACE > 0:
-            if ORDER == "channel":
-                high = last * units
-            else:
-                high = 0 * units
+    elif TRIANGLE == "lower" or TRIANGLE == "below":
+        if PLACE > 0 and ORDER == "pixel":
+            high = 0 * units
+        elif PLACE > 0 or (PLACE == 0 and TRIANGLE == "below"):
+            high = last * units
         elif PLACE == 0 or ORDER == "channel":
             high = (last + 1) * units
     else:

@@ -57,6 +57,15 @@ TABLES["sm_80"] = TABLES["sm_90"] | {name: TABLES["generic"][name] for name in (
 TABLES["gfx942"] = dict(TABLES["generic"])
 TABLES["gfx942"]["ieee"] = (*TABLES["generic"]["ieee"][:2], Tile(16, 64, 64, 4, 2))
 
+#: the wavefront, on any architecture and of any operand: BLOCK_N, all units of a colour, -> its
+#: tile. With the fewest pixels that a matrix unit takes, for a front has few; within 64 KiB.
+WAVEFRONT = {
+    16: Tile(16, 16, 64, 4, 2),
+    32: Tile(16, 32, 32, 4, 2),
+    64: Tile(16, 64, 16, 8, 2),
+    128: Tile(16, 128, 16, 8, 2),
+}
+
 
 #: what is tried for hidden layers where tiles are chosen by the clock
 CANDIDATES: dict[str, list[Tile]] = {
@@ -142,9 +151,20 @@ def gradient_tile(arch: str, operand: str, inputs: int, outputs: int) -> Tile:
     return tile._replace(block_n=_fit(tile.block_n, outputs), block_k=_fit(tile.block_k, inputs))
 
 
-def _fit(widest: int, channels: int) -> int:
+def wavefront_tile(units: int) -> Tile:
+    """For the wavefront: a tile holds all units of a colour, and spills where they are many."""
+    block_n = _least(units)
+    return WAVEFRONT.get(block_n, Tile(16, block_n, 16, 8, 1))
+
+
+def _least(channels: int) -> int:
     """The least power of two that holds the channels, from 16 (the least a matrix unit takes)."""
-    return min(widest, max(16, 1 << (channels - 1).bit_length()))
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def _fit(widest: int, channels: int) -> int:
+    """The same, but no more than the widest."""
+    return min(widest, _least(channels))
 
 
 def _key(arch: str, operand: str, colours: int, units: int) -> str:

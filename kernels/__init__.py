@@ -18,7 +18,7 @@ from mintnet_triton.kernels.dispatch import (
     mint_forward,
     mint_jacobian_solver,
     mint_map,
-    wavefront,
+    mint_wavefront,
 )
 from mintnet_triton.kernels.fronts import Bracket, Wave, steepest_share
 from mintnet_triton.kernels.reference import MintWeights, mint_magnitude
@@ -38,8 +38,8 @@ __all__ = [
     "mint_jacobian_solver",
     "mint_magnitude",
     "mint_map",
+    "mint_wavefront",
     "steepest_share",
     "use_backend",
     "use_triton",
-    "wavefront",
 ]

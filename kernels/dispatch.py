@@ -16,6 +16,7 @@ if TRITON_INSTALLED:
     from mintnet_triton.kernels import inversion as triton_inversion
     from mintnet_triton.kernels import masked_conv as triton_conv
     from mintnet_triton.kernels import mint_layer as triton_layer
+    from mintnet_triton.kernels import wavefront as triton_wavefront
     from mintnet_triton.kernels._library import compute_dtype
 
 
@@ -117,12 +118,14 @@ def fixed_point(
     return triton_inversion.fixed_point(z, start, packed, structure, alpha, iterations, tolerance)
 
 
-def wavefront(
+def mint_wavefront(
     z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
 ) -> Wave:
     """A Mint layer inverted in the order of dependency; see :func:`.fronts.wavefront`."""
     if not len(z):
         return fronts.empty_wave(z)
+    if use_triton(z, None if isinstance(hidden, Slopes) else hidden):
+        return triton_wavefront.wavefront(z, weights, hidden, order, triangle)
     if use_numba(z, hidden):
         # Here, for numba takes a second to import.
         from mintnet_triton.kernels import wavefront_cpu
@@ -156,6 +159,6 @@ def mint_jacobian_solver(
     def solve(right: Tensor) -> Tensor:
         times = len(right) // max(1, len(x))
         repeated = Slopes(*(one.repeat(times, 1, 1, 1) for one in slopes))
-        return wavefront(right, linear, repeated, order, triangle).x
+        return mint_wavefront(right, linear, repeated, order, triangle).x
 
     return solve

@@ -23,9 +23,9 @@ from mintnet_triton.kernels import (
     mint_jacobian_solver,
     mint_magnitude,
     mint_map,
+    mint_wavefront,
     steepest_share,
     use_triton,
-    wavefront,
 )
 from mintnet_triton.ordering import Order, Ordering, Triangle
 from mintnet_triton.solvers import (
@@ -228,7 +228,7 @@ class MintLayer(TriangularMap):
                 "for its brackets: give Activation(..., steepest=...) a bound of the derivative"
             )
         weights = self._weights_in(torch.float64)
-        return wavefront(z.double(), weights, self.activation, *self._structure)
+        return mint_wavefront(z.double(), weights, self.activation, *self._structure)
 
     def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
         weights = self._weights_in(torch.float64)

@@ -278,3 +278,19 @@ def test_fronts_are_compiled_once() -> None:
     before = len(cache)
     solve(layer, z[:5])
     assert len(cache) == before
+
+
+def test_an_inversion_and_its_gradients_run_in_kernels() -> None:
+    layer = random_layer(2, 5)
+    z = random(2, 2, 3, 4)
+    results = []
+    for backend in ("torch", "triton"):
+        with mint.use_backend(backend):
+            result = mint.invert(layer, z, mint.Wavefront(), certify=True)
+            assert result.converged.all()
+            assert result.layer_wavefront.all()
+            point = z.clone().requires_grad_()
+            x, log_det = layer.inverse(point, mint.Wavefront())
+            (gradient,) = torch.autograd.grad(x.sum() + log_det.sum(), point)
+        results.append((result.x, result.log_det, gradient))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)

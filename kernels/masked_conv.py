@@ -309,7 +309,8 @@ def weight_gradient_kernel(
 
     start = split * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, samples * height * width)
-    if (tl.min(k, 0) >= high) | (tl.max(k, 0) < low):
+    # An empty range may lie within a tile that reaches beyond the inputs.
+    if (low >= high) | (tl.min(k, 0) >= high) | (tl.max(k, 0) < low):
         stop = start
     total = tl.zeros((BLOCK_N, BLOCK_K), partial.dtype.element_ty)
     for base in range(start, stop, BLOCK_M):

@@ -248,3 +248,17 @@ def test_hidden_tiles_of_the_gradient_are_not_computed(ordering: Any) -> None:
             if not bool(left[block].any()):
                 assert not bool(by_weight[block].any())
     assert _launch.accumulator(torch.float32) == by_weight.dtype
+
+
+@pytest.mark.parametrize(
+    ("colours", "ordering"),
+    [*((1, ordering) for ordering in ORDERINGS), *((3, ordering) for ordering in ORDERINGS[2:])],
+)
+def test_hidden_taps_of_the_gradient_are_not_computed(colours: int, ordering: Any) -> None:
+    units = 5  # a tile reaches beyond the inputs
+    x, by_y = (random(2, colours * units, 3, 4, numbers="float32") for _ in range(2))
+    seen = mask(colours, units, units, 3, ordering).any(0).any(0)
+    by_weight = masked_conv.weight_gradient_op(by_y, x, colours, 3, *ordering, torch.float32)
+    assert int((~seen).sum()) == 4
+    assert bool((by_weight[:, :, ~seen] == 0).all())
+    assert bool(by_weight[:, :, seen].flatten(0, 1).any(0).all())

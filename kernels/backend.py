@@ -13,6 +13,9 @@ from mintnet_triton.kernels.activation import Activation, is_known
 _NAMES = ("auto", "torch", "triton")
 _choice = "auto"
 
+#: most pixels in a batch: kernels count them in 32 bits, by tiles that may reach beyond the last
+MOST_PIXELS = 2**31 - 2**16
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 NUMBA_INSTALLED = importlib.util.find_spec("numba") is not None
 
@@ -71,13 +74,16 @@ def use_triton(x: Tensor, activation: Activation | None = None) -> bool:
     """Whether a call with this input is to run Triton kernels.
 
     Raises:
-        BackendError: the chosen backend is ``"triton"``, and the kernels cannot run.
+        BackendError: the chosen backend is ``"triton"``, and the kernels cannot run; or they can,
+            but ``x`` has more pixels than they can count.
     """
     if _choice == "torch" or (_choice == "auto" and not x.is_cuda):
         return False
     obstacle = _obstacle(x, activation)
     if obstacle and _choice == "triton":
         raise BackendError(f"the Triton kernels cannot run: {obstacle}; use 'auto' or 'torch'")
+    if not obstacle:
+        check_pixels(x)
     return not obstacle
 
 
@@ -86,6 +92,20 @@ def use_numba(z: Tensor, hidden: object) -> bool:
     known = not isinstance(hidden, Activation) or is_known(hidden)
     suits = z.device.type == "cpu" and z.dtype == torch.float64 and known
     return suits and NUMBA_INSTALLED and _choice != "torch"
+
+
+def check_pixels(x: Tensor) -> None:
+    """Refuse an input (B, C, H, W) that the kernels would count wrongly.
+
+    Raises:
+        BackendError: ``x`` has more than :data:`MOST_PIXELS` pixels.
+    """
+    samples, _, height, width = x.shape
+    if samples * height * width > MOST_PIXELS:
+        raise BackendError(
+            f"x has {samples} x {height} x {width} pixels, and the Triton kernels count at most "
+            f"{MOST_PIXELS}; give them fewer samples at once, or use_backend('torch')"
+        )
 
 
 def _obstacle(x: Tensor, activation: Activation | None) -> str:

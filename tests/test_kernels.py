@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mintnet_triton as mint
-from mintnet_triton.kernels import backend
+from mintnet_triton.kernels import backend, masked_conv2d
 
 
 def test_kernels_refuse_the_top_level_name() -> None:
@@ -36,3 +36,13 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
     with pytest.raises(mint.BackendError, match="not installed"), mint.use_backend("triton"):
         pass
+
+
+def test_more_pixels_than_kernels_can_count_are_refused() -> None:
+    side = 2**8
+    x = torch.zeros(1)
+    backend.check_pixels(x.expand(backend.MOST_PIXELS // side**2, 3, side, side))
+    more = x.expand(1, 3, 1, backend.MOST_PIXELS + 1)
+    message = rf"x has 1 x 1 x {more.shape[3]} pixels, .* at most {backend.MOST_PIXELS};"
+    with mint.use_backend("triton"), pytest.raises(mint.BackendError, match=message):
+        masked_conv2d(more, torch.zeros(3, 3, 3, 3), None, 3, "channel", "lower")

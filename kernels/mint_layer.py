@@ -672,7 +672,7 @@ weight_gradients_op = register(
 
 
 class _MintLayer(torch.autograd.Function):
-    """Saves x, h1 and h2, or x alone; everything else of the backward pass is computed again."""
+    """Saves x, the diagonal, h1 and h2, or x alone; all else of backward is computed again."""
 
     @staticmethod
     def forward(
@@ -696,7 +696,7 @@ class _MintLayer(torch.autograd.Function):
         ctx.dtype, ctx.recompute = compute_dtype(weight2), recompute
         packed = pack_parts(*parts, dtype=ctx.dtype)
         y, diagonal, log_det, h1, h2 = layer_op(x, *packed, *ctx.structure)
-        ctx.save_for_backward(x, *parts, diagonal, *(() if recompute else (h1, h2)))
+        ctx.save_for_backward(x, *parts, *(() if recompute else (diagonal, h1, h2)))
         return y, diagonal, log_det
 
     @staticmethod
@@ -704,13 +704,13 @@ class _MintLayer(torch.autograd.Function):
     def backward(
         ctx: Any, by_y: Tensor, by_diagonal: Tensor, by_log_det: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, *parts, diagonal = ctx.saved_tensors[:10]
+        x, *parts = ctx.saved_tensors[:9]
         weight1, bias1, weight2, _, weight3, _, centres, t = parts
         if ctx.recompute:
             packed = pack_parts(*parts, dtype=ctx.dtype)
-            _, _, _, h1, h2 = layer_op(x, *packed, *ctx.structure)
+            _, diagonal, _, h1, h2 = layer_op(x, *packed, *ctx.structure)
         else:
-            h1, h2 = ctx.saved_tensors[10:]
+            diagonal, h1, h2 = ctx.saved_tensors[9:]
         # log_det is the sum of the diagonal's logarithms.
         by_diagonal = by_diagonal + by_log_det.view(-1, 1, 1, 1) / diagonal
         by_x, by_a1, by_a2 = backward_op(

@@ -178,21 +178,23 @@ def test_runs_are_equal_to_the_bit(colours: int, units: int, numbers: str, order
         assert torch.equal(value, recomputed[name]), name
 
 
-def test_recomputing_keeps_no_hidden_layer() -> None:
+def test_recomputing_keeps_x_alone() -> None:
     layer = random_layer(3, 16)
-    saved: list[int] = []
+    saved: list[torch.Size] = []
 
     def note(tensor: Tensor) -> Tensor:
-        saved.append(tensor.shape[-1] if tensor.shape[:3] == (2, 3, 4) else 0)
+        saved.append(tensor.shape)
         return tensor
 
     x = random(2, 3, 3, 4)
-    for recompute, hidden in ((False, 2), (True, 0)):
+    # By hidden layers, and by x and the diagonal, which have one shape.
+    for recompute, hidden, images in ((False, 2, 2), (True, 0, 1)):
         saved.clear()
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with hooks, mint.use_backend("triton"):
             forward(layer, x, recompute)
-        assert saved.count(48) == hidden
+        assert saved.count(torch.Size((2, 3, 4, 48))) == hidden
+        assert saved.count(x.shape) == images
 
 
 @pytest.mark.parametrize("numbers", ["float64", "float16"])

@@ -34,7 +34,13 @@ from mintnet_triton.kernels.masked_conv import (
 from mintnet_triton.kernels.ranges import seen_inputs
 from mintnet_triton.kernels.reference import MintWeights
 from mintnet_triton.kernels.triton_activation import activate, slope, slope_derivative
-from mintnet_triton.kernels.weights import kernel_size, pack, pack_centres, pack_transposed
+from mintnet_triton.kernels.weights import (
+    centres_unit,
+    kernel_size,
+    pack,
+    pack_centres,
+    pack_transposed,
+)
 from mintnet_triton.kernels.work import metadata
 
 
@@ -86,6 +92,7 @@ def middle_kernel(
     weight,
     bias,
     centres,
+    unit,  # of the centres: one number in memory, or None
     residual,
     tolerance,
     samples,
@@ -133,6 +140,8 @@ def middle_kernel(
         v, h1, offset, valid, stride, centres, n, outputs, units, colours,
         ACTIVATION, PRECISION, BLOCK_K,
     )  # fmt: skip
+    if unit is not None:
+        v *= tl.load(unit)
     total += tl.load(bias + n, mask=n < outputs, other=0.0).to(ACCUMULATOR)[None, :]
     h = tl.where((n < outputs)[None, :], activate(total, ACTIVATION), 0.0).to(h2.dtype.element_ty)
     tl.store(h2 + offset[:, None] + n[None, :], h, mask=valid[:, None] & (n < stride)[None, :])
@@ -268,6 +277,7 @@ def hidden_gradient_kernel(
     own,  # this hidden layer, (pixels, stride)
     other,  # the other one
     centres,
+    unit,  # of the centres: one number in memory, or None
     diagonal_gradient,  # (pixels, colours)
     samples,
     height,
@@ -319,6 +329,8 @@ def hidden_gradient_kernel(
         v, other, offset, valid, stride, centres, n, outputs, units, colours,
         ACTIVATION, PRECISION, BLOCK_OWN,
     )  # fmt: skip
+    if unit is not None:
+        v *= tl.load(unit)
     place = offset[:, None] + n[None, :]
     g = tl.load(
         diagonal_gradient + (pixel.to(tl.int64) * colours)[:, None] + (n // units)[None, :],
@@ -346,13 +358,18 @@ class Packed(NamedTuple):
     bias2: Tensor  # (C * K,)
     weight3: Tensor  # (k3 * k3, C, S)
     bias3: Tensor  # (C,)
-    centres: Tensor  # (C * K, S)
+    centres: Tensor  # (C * K, S), in their unit
     t: Tensor  # (C, H, W)
+    unit: Tensor | None  # ()
 
 
 def join_centres(weights: MintWeights) -> Tensor:
-    """``D3 D2 D1`` (C, K, K): hidden unit j (last) to i, with both ends' weights to the pixel."""
-    return weights.centre3.unsqueeze(2) * weights.centre2 * weights.centre1.unsqueeze(1)
+    """``D3 D2 D1`` (C, K, K): hidden unit j (last) to i, with both ends' weights to the pixel.
+
+    Never below float32, as t.
+    """
+    centre1, centre2, centre3 = (centre.to(weights.t.dtype) for centre in weights[6:9])
+    return centre3.unsqueeze(2) * centre2 * centre1.unsqueeze(1)
 
 
 def pack_layer(weights: MintWeights, dtype: torch.dtype) -> Packed:
@@ -373,6 +390,7 @@ def pack_parts(
     dtype: torch.dtype,
 ) -> Packed:
     """The same, of weights whose centres are joined."""
+    unit = centres_unit(centres, dtype)
     return Packed(
         pack(weight1, dtype),
         bias1.contiguous(),
@@ -380,8 +398,9 @@ def pack_parts(
         bias2.contiguous(),
         pack(weight3, dtype),
         bias3.contiguous(),
-        pack_centres(centres, dtype),
+        pack_centres(centres, dtype, unit),
         t.contiguous(),
+        unit,
     )
 
 
@@ -450,8 +469,8 @@ def run_hidden(
     _launch.launch(
         middle_kernel,
         (triton.cdiv(pixels, tile.block_m) * triton.cdiv(outputs, tile.block_n),),
-        h2, parts, h1, packed.weight2, packed.bias2, packed.centres, residual, tolerance,
-        batch, height, width, stride, units, colours,
+        h2, parts, h1, packed.weight2, packed.bias2, packed.centres, packed.unit,
+        residual, tolerance, batch, height, width, stride, units, colours,
         ACTIVATION=activation, SKIP=running is not None, KERNEL=kernel_size(packed.weight2),
         ORDER=order, TRIANGLE=triangle, **numerics, **_launch.blocks(tile),
     )  # fmt: skip
@@ -468,11 +487,12 @@ def _layer(
     bias3: Tensor,
     centres: Tensor,
     t: Tensor,
+    unit: Tensor | None,
     order: str,
     triangle: str,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    packed = Packed(weight1, bias1, weight2, bias2, weight3, bias3, centres, t)
+    packed = Packed(weight1, bias1, weight2, bias2, weight3, bias3, centres, t, unit)
     structure = Structure(order, triangle, activation)
     precision = _launch.default_precision()
     y, diagonal, _, h1, h2 = _layer_fake(x, *packed, *structure)
@@ -484,7 +504,7 @@ def _layer(
 def _layer_fake(
     x: Tensor, *packed_and_structure: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    packed = Packed(*packed_and_structure[:8])
+    packed = Packed(*packed_and_structure[:9])
     contiguous = torch.contiguous_format
     y = torch.empty_like(x, memory_format=contiguous)
     diagonal = torch.empty_like(x, dtype=packed.t.dtype, memory_format=contiguous)
@@ -556,6 +576,7 @@ def _backward(
     numerics = _launch.numerics(dtype, precision)
     by_x, by_a1, by_a2 = _backward_fake(x, h1)
     by_pixel = by_diagonal.permute(0, 2, 3, 1).contiguous()
+    unit = centres_unit(centres, dtype)
     arch, operand = _configs.architecture(x.device), _configs.operand(dtype, precision)
     for by_a, incoming, weight, own, other, centre, units_in in (
         (by_a2, by_y, weight3, h2, h1, centres, 1),
@@ -568,7 +589,7 @@ def _backward(
         _launch.launch(
             hidden_gradient_kernel,
             (triton.cdiv(pixels, tile.block_m) * triton.cdiv(outputs, tile.block_n),),
-            by_a, incoming, packed, own, other, pack_centres(centre, dtype), by_pixel,
+            by_a, incoming, packed, own, other, pack_centres(centre, dtype, unit), unit, by_pixel,
             batch, height, width,
             incoming.stride(0), incoming.stride(2), incoming.stride(3), incoming.stride(1),
             incoming.shape[1], packed.shape[2], stride, units_in, units, colours,
@@ -650,8 +671,8 @@ def _weight_gradients_fake(
 
 layer_op = register(
     "mint_layer(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
-    "Tensor weight3, Tensor bias3, Tensor centres, Tensor t, str order, str triangle, "
-    "str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor weight3, Tensor bias3, Tensor centres, Tensor t, Tensor? unit, str order, "
+    "str triangle, str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _layer,
     _layer_fake,
 )

@@ -26,12 +26,26 @@ def unpack(packed: Tensor) -> Tensor:
     return packed.view(kernel, kernel, outputs, inputs).permute(2, 3, 0, 1)
 
 
-def pack_centres(centres: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C, K, K) -> (C * K, padded C * K): one matrix with a block for each colour."""
+def centres_unit(centres: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The unit (), float32, in which centres are packed for products of that dtype; None is 1.
+
+    A product of three weights may be too small for float16. In this unit the largest is nearly
+    the largest float16; it is a power of two, so that nothing is rounded by it.
+    """
+    if dtype != torch.float16:
+        return None
+    largest: Tensor = torch.linalg.vector_norm(centres, float("inf"), dtype=torch.float32)
+    largest = largest.clamp(min=2e-30)  # of zeros, too
+    return largest / (2**15 * torch.frexp(largest).mantissa)
+
+
+def pack_centres(centres: Tensor, dtype: torch.dtype, unit: Tensor | None) -> Tensor:
+    """(C, K, K) -> (C * K, padded C * K): one matrix with a block for each colour, in that unit."""
     colours, units, _ = centres.shape
     channels = colours * units
     packed = centres.new_zeros(channels, padded(channels), dtype=dtype)
     blocks = packed[:, :channels].unflatten(1, (colours, units)).unflatten(0, (colours, units))
+    centres = centres if unit is None else centres / unit
     torch.diagonal(blocks, dim1=0, dim2=2).copy_(centres.permute(1, 2, 0))
     return packed
 

@@ -197,6 +197,28 @@ def test_recomputing_keeps_x_alone() -> None:
         assert saved.count(x.shape) == images
 
 
+@pytest.mark.parametrize(
+    ("size", "numbers"),
+    [(1e-4, "float32"), (2e-3, "float32"), (2e-3, "float16"), (50.0, "float32")],
+)
+def test_products_of_three_weights_fit_float16(size: float, numbers: str) -> None:
+    layer = random_layer(1, 16, activation="softplus", numbers=numbers).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.fill_(size if parameter.ndim == 4 else 0)
+    x = torch.zeros(1, 1, 3, 4, device=grid.DEVICE, dtype=layer.t.dtype, requires_grad=True)
+
+    def results(layer: mint.MintLayer, x: Tensor) -> tuple[Tensor, ...]:
+        _, diagonal, log_det = forward(layer, x)
+        return diagonal, log_det, *torch.autograd.grad(log_det.sum(), x)
+
+    # t is nothing, so that these products are the diagonal, and the gradient comes through them.
+    with mint.use_backend("triton"), torch.autocast(grid.DEVICE, torch.float16):
+        computed = results(layer, x)
+    expected = results(copy.deepcopy(layer).double(), x.detach().double().requires_grad_())
+    for name, one, other in zip(("diagonal", "log_det", "by x"), computed, expected, strict=True):
+        grid.assert_near(name, one, other, grid.TOLERANCES["float16"])
+
+
 @pytest.mark.parametrize("numbers", ["float64", "float16"])
 @pytest.mark.parametrize(("colours", "units"), [(1, 1), (3, 5), (4, 5), (3, 11)])
 @pytest.mark.parametrize("activation", ["sigmoid", "elu"])

@@ -38,13 +38,26 @@ class FrozenWeights:
 
     def __init__(self, weights: MintWeights) -> None:
         self.weights = weights
-        self._packed: dict[torch.dtype, triton_layer.Packed] = {}
+        #: by dtype, with what other streams than that of the packing have to wait for
+        self._packed: dict[torch.dtype, tuple[triton_layer.Packed, torch.cuda.Event | None]] = {}
 
     def packed(self, dtype: torch.dtype) -> "triton_layer.Packed":
         """The weights as the kernels read them, for products of that dtype."""
-        if dtype not in self._packed:
-            self._packed[dtype] = triton_layer.pack_layer(self.weights, dtype)
-        return self._packed[dtype]
+        t = self.weights.t
+        # A graph neither waits for what is outside it, nor has anything for others in its memory.
+        in_graph = torch.compiler.is_compiling() or (
+            t.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if dtype in self._packed:
+            packed, ready = self._packed[dtype]
+            if ready is not None and not in_graph:
+                ready.wait(torch.cuda.current_stream(t.device))
+            return packed
+        packed = triton_layer.pack_layer(self.weights, dtype)
+        if not in_graph:
+            ready = torch.cuda.current_stream(t.device).record_event() if t.is_cuda else None
+            self._packed[dtype] = packed, ready
+        return packed
 
 
 def mint_map(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST, Scale, capture, collect, make_layer, relative_rms
-from mintnet_triton.kernels import _launch, inversion, mint_layer
+from mintnet_triton.kernels import FrozenWeights, _launch, inversion, mint_forward, mint_layer
 from tests.grid import TOLERANCES, dtype_of, precision_of
 
 pytestmark = [
@@ -210,6 +210,51 @@ def test_another_stream() -> None:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
     assert_same(computed, expected)
+
+
+@torch.no_grad()
+def evaluate(layer: mint.MintLayer, weights: FrozenWeights, x: Tensor) -> tuple[Tensor, ...]:
+    """Without the layer's own check of x, which waits for the GPU."""
+    ordering = layer.conv1.ordering
+    with mint.use_backend("triton"):
+        return mint_forward(x, weights, layer.activation, ordering.order, ordering.triangle)
+
+
+@torch.no_grad()
+def test_frozen_weights_on_two_streams() -> None:
+    layer = make_layer(CIFAR10[1]).to(DEVICE)
+    x, _ = inputs(CIFAR10[1], torch.float32)
+    expected = evaluate(layer, FrozenWeights(layer.effective_weights()), x)
+    weights = FrozenWeights(layer.effective_weights())
+    torch.cuda.synchronize()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(200_000_000)  # cycles: the weights are packed late
+        weights.packed(x.dtype)
+    with torch.cuda.stream(second):
+        computed = evaluate(layer, weights, x)
+    torch.cuda.synchronize()
+    for one, other in zip(computed, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", ["before", "inside"])
+def test_frozen_weights_in_a_graph(packed: str) -> None:
+    layer = make_layer(CIFAR10[1]).to(DEVICE)
+    x, _ = inputs(CIFAR10[1], torch.float32)
+    expected = evaluate(layer, FrozenWeights(layer.effective_weights()), x)  # compiles, too
+    weights = FrozenWeights(layer.effective_weights())
+    if packed == "before":
+        weights.packed(x.dtype)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        of_graph = evaluate(layer, weights, x)
+    eager = evaluate(layer, weights, x)
+    graph.replay()
+    for results in (eager, of_graph):
+        for one, other in zip(results, expected, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_another_device() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mintnet_triton as mint
 from bench.cases import relative_rms
-from mintnet_triton.kernels import _launch, masked_conv, mint_forward, mint_layer
+from mintnet_triton.kernels import FrozenWeights, _launch, masked_conv, mint_forward, mint_layer
 from mintnet_triton.kernels.activation import NAMES
 from mintnet_triton.kernels.weights import pack
 from tests import golden, grid
@@ -485,3 +485,16 @@ def test_frozen_weights_give_gradients_by_the_input_and_are_not_copied() -> None
         assert twin(x)[0].requires_grad
         torch.nn.init.zeros_(twin.conv3.weight)
         assert not torch.equal(twin(x)[0], layer(x)[0])
+
+
+def test_what_a_graph_packs_is_kept_by_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        weights = FrozenWeights(random_layer(1, 2).effective_weights())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        of_graph = weights.packed(torch.float64)
+    kept = weights.packed(torch.float64)
+    assert kept is not of_graph
+    assert weights.packed(torch.float64) is kept
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert weights.packed(torch.float64) is kept

@@ -21,7 +21,7 @@ from mintnet_triton import FixedPoint, MaskedConv2d, MintLayer, use_backend
 from mintnet_triton.kernels import _configs, masked_conv, mint_layer
 from mintnet_triton.kernels.mint_layer import Structure, as_image, new_hidden
 from mintnet_triton.kernels.weights import pack
-from mintnet_triton.kernels.work import dense, exact
+from mintnet_triton.kernels.work import dense, exact_of_image
 
 Work = Callable[[], Any]
 Result = dict[str, Any]
@@ -390,8 +390,10 @@ def measure_conv(
                 )
             ),
         }
-    flops = 2 * batch * size**2
-    counts = {"exact": flops * products(scale), "dense": flops * dense(units, units, colours, 3)}
+    counts = {
+        "exact": 2 * batch * products(scale),
+        "dense": 2 * batch * size**2 * dense(units, units, colours, 3),
+    }
     for rival in list(result.values()):
         if isinstance(rival, dict):
             for name, count in counts.items():
@@ -400,8 +402,9 @@ def measure_conv(
 
 
 def products(scale: Scale) -> int:
-    """Multiply-adds of the middle convolution at a pixel: what the mask leaves."""
-    return exact(scale.hidden, scale.hidden, scale.channels, 3, "channel", "lower")
+    """Multiply-adds of the middle convolution of an image: what the mask leaves."""
+    colours, units, size = scale
+    return exact_of_image(units, units, colours, 3, "channel", "lower", size, size)
 
 
 def measure_layer(
@@ -622,7 +625,7 @@ def measure_tile(
             elapsed = clock(launches.hidden, cold=True)
     return {
         "ms": elapsed,
-        "TFLOP/s exact": 2 * batch * scale.size**2 * products(scale) / elapsed / 1e9,
+        "TFLOP/s exact": 2 * batch * products(scale) / elapsed / 1e9,
         "tile": list(used),
     }
 

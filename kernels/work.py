@@ -16,16 +16,44 @@ from mintnet_triton.kernels.ranges import first_block, seen_inputs
 Metadata = Callable[[Any, Any, Mapping[str, Any]], dict[str, Any]]
 
 
+def _of_tap(
+    place: int, units_out: int, units_in: int, colours: int, order: str, triangle: str
+) -> int:
+    """Multiply-adds that the mask leaves of one tap at one pixel; its place as in seen_inputs."""
+    total = 0
+    for colour in range(colours):
+        low, high = seen_inputs.fn(colour, colour, units_in, colours, place, order, triangle)
+        total += (high - low) * units_out
+    return total
+
+
 def exact(
     units_out: int, units_in: int, colours: int, kernel: int, order: str, triangle: str
 ) -> int:
     """Multiply-adds of a masked convolution at one pixel away from the border."""
-    total = 0
-    for colour in range(colours):
-        for place in range(-(kernel**2 // 2), kernel**2 // 2 + 1):
-            low, high = seen_inputs.fn(colour, colour, units_in, colours, place, order, triangle)
-            total += (high - low) * units_out
-    return total
+    places = range(-(kernel**2 // 2), kernel**2 // 2 + 1)
+    return sum(_of_tap(place, units_out, units_in, colours, order, triangle) for place in places)
+
+
+def exact_of_image(
+    units_out: int,
+    units_in: int,
+    colours: int,
+    kernel: int,
+    order: str,
+    triangle: str,
+    height: int,
+    width: int,
+) -> int:
+    """Multiply-adds of a masked convolution of an image; a tap beyond the border has none."""
+    offsets = range(-(kernel // 2), kernel // 2 + 1)
+    return sum(
+        _of_tap(dy * kernel + dx, units_out, units_in, colours, order, triangle)
+        * max(0, height - abs(dy))
+        * max(0, width - abs(dx))
+        for dy in offsets
+        for dx in offsets
+    )
 
 
 def scheduled(
@@ -70,15 +98,18 @@ def metadata(name: str, *, units_in: str | int, units_out: str | int, own: bool)
         )
         colours, kernel = arguments["colours"], arguments["KERNEL"]
         structure = (arguments["ORDER"], arguments["TRIANGLE"])
-        at_pixel = exact(outputs, inputs, colours, kernel, *structure)
+        image = (arguments["height"], arguments["width"])
+        products = exact_of_image(outputs, inputs, colours, kernel, *structure, *image)
         if own:
-            at_pixel += exact(outputs, outputs, colours, 1, "own", "lower")
-        pixels = arguments["samples"] * arguments["height"] * arguments["width"]
+            products += exact_of_image(outputs, outputs, colours, 1, "own", "lower", *image)
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-        operand = arguments["x" if "weight" not in arguments else "weight"]
+        if "weight" in arguments:
+            bits = 8 * arguments["weight"].element_size()
+        else:
+            bits = arguments["OPERAND"].primitive_bitwidth
         return {
             "name": f"{name} {colours}x{inputs}->{colours}x{outputs}",
-            f"flops{8 * operand.element_size()}": 2 * at_pixel * pixels,
+            f"flops{bits}": 2 * products * arguments["samples"],
             "bytes": sum(value.numel() * value.element_size() for value in tensors),
         }
 

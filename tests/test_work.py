@@ -1,7 +1,10 @@
 """The work of the kernels: what the mask leaves, what tiles plan, what the kernels do."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mintnet_triton as mint
 from mintnet_triton.kernels import backend
@@ -26,6 +29,14 @@ def test_exact_work_is_what_the_mask_leaves(
     left = int(mask.sum()) * 7 * 5
     assert work.exact(7, 5, colours, kernel, order, triangle) == left
     assert work.dense(7, 5, colours, kernel) == mask.numel() * 7 * 5
+    for size in ((1, 1), (1, 9), (4, 3)):
+        of_image = work.exact_of_image(7, 5, colours, kernel, order, triangle, *size)
+        assert of_image == products(mask, size) * 7 * 5
+
+
+def products(mask: torch.Tensor, size: tuple[int, int]) -> int:
+    """Pairs of variables, not units, that a masked convolution of an image multiplies."""
+    return int(F.conv2d(torch.ones(1, len(mask), *size), mask.float(), padding="same").sum())
 
 
 @pytest.mark.parametrize("triangle", ["lower", "upper"])
@@ -73,20 +84,48 @@ def test_kernels_do_the_scheduled_work(
     assert done == scheduled * tile.block_m  # six pixels are one tile
 
 
-def test_metadata_declares_flops_and_bytes() -> None:
-    declare = work.metadata("middle", units_in="units", units_out="units", own=True)
-    h = torch.empty(10, 16, dtype=torch.float16)
-    weight = torch.empty(9, 6, 16, dtype=torch.float16)
-    arguments = {
-        "h1": h, "h2": h, "weight": weight, "samples": 2, "height": 1, "width": 5, "units": 2,
-        "colours": 3, "KERNEL": 3, "ORDER": "channel", "TRIANGLE": "lower",
-    }  # fmt: skip
-    declared = declare(None, None, arguments)
-    mask = mint.Ordering("channel", "lower").conv_mask(3, 3)
-    left = int(mask.sum()) * 2 * 2 + 3 * 2 * 2
-    assert declared["flops16"] == 2 * left * 10
-    assert declared["bytes"] == 2 * (2 * h.numel() + weight.numel())
-    assert "3x2" in declared["name"]
+@pytest.mark.skipif(not backend.INTERPRETED, reason="the interpreter keeps what a kernel declares")
+@pytest.mark.parametrize("half", [False, True])
+def test_kernels_declare_their_work(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    colours, units, size, samples, kernels = 3, 5, (3, 4), 2, (1, 3, 5)
+    declared = []
+    launch = _launch.launch
+
+    def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        declared.append(kernel.kwargs["launch_metadata"](None, None, values))
+        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert declared[-1]["bytes"] == size
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(_launch, "launch", note)
+    layer = mint.MintLayer(colours, size, units, "upper", kernel_size=kernels)
+    x = torch.randn(samples, colours, *size, requires_grad=True)
+    with mint.use_backend("triton"):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            y, log_det = layer(x)
+        (y.sum() + log_det.sum()).backward()
+    ordering = mint.Ordering("channel", "upper")
+    pairs = [products(ordering.conv_mask(colours, kernel), size) for kernel in kernels]
+    own = colours * units**2 * size[0] * size[1]
+    first, middle, last = units * pairs[0], units**2 * pairs[1], units * pairs[2]
+    expected = [
+        ("masked_conv 3x1->3x5", first),
+        ("middle 3x5->3x5", middle + own),
+        ("output 3x5->3x1", last),
+        ("hidden_gradient 3x1->3x5", last + own),
+        ("hidden_gradient 3x5->3x5", middle + own),
+        ("output 3x5->3x1", first),
+        ("weight_gradient 3x1->3x5", first),
+        ("weight_gradient 3x5->3x5", middle),
+        ("weight_gradient 3x5->3x1", last),
+        ("weight_gradient 3x5->3x5", own),
+    ]
+    flops = "flops16" if half else "flops32"
+    assert [(one["name"], one[flops]) for one in declared] == [
+        (name, 2 * samples * count) for name, count in expected
+    ]
 
 
 def test_padding_keeps_rows_aligned() -> None:

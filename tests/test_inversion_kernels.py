@@ -1,5 +1,6 @@
 """Algorithm 1 in kernels against the torch path."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 import mintnet_triton as mint
-from mintnet_triton.kernels import inversion
+from mintnet_triton.kernels import inversion, mint_layer
+from mintnet_triton.kernels.activation import NAMES
 from tests import grid
 from tests.test_masked_conv_kernels import ORDERINGS
-from tests.test_mint_layer_kernels import flow, random, random_layer
+from tests.test_mint_layer_kernels import affordable, flow, forward, random, random_layer
 
 # Of the interpreter, where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
@@ -89,6 +91,49 @@ def test_a_layer_is_inverted_as_in_torch(
         tolerance = 1e-9 if numbers == "float64" else 1e-3
         torch.testing.assert_close(result.x, x, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(result.log_det, -log_det, rtol=tolerance, atol=tolerance)
+
+
+@grid.over(
+    affordable,
+    main=["colours", "units", "kernels", "ordering", "numbers"],
+    colours=[1, 3, 12],
+    units=[1, 5, 45, 85],
+    kernels=[1, 3, (1, 1, 3), (3, 1, 5)],
+    ordering=ORDERINGS,
+    activation=NAMES,
+    numbers=["float64", "float32"],
+    size=[(1, 1), (3, 5), (1, 9)],
+    batch=[1, 3],
+    alpha=[1.0, 0.7],
+)
+def test_an_update_against_float64(case: grid.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The x after one, and the residual and the log-det of that x."""
+    numbers, alpha = case["numbers"], case["alpha"]
+    names = ("colours", "units", "ordering", "kernels", "activation", "size", "numbers")
+    layer = contracting(*(case[name] for name in names))
+    shape = (case["batch"], case["colours"], *case["size"])
+    start, z = random(*shape, numbers=numbers), 3 * random(*shape, numbers=numbers)
+    order, triangle = case["ordering"]
+    structure = mint_layer.Structure(order, triangle, case["activation"])
+    with torch.no_grad(), grid.guarded(monkeypatch) as launched:
+        packed = mint_layer.pack_layer(layer.effective_weights(), z.dtype)
+        computed = inversion.fixed_point(z, start, packed, structure, alpha, 1, 0.0)
+    assert launched.count("update_kernel") == 2
+
+    exact, goal = copy.deepcopy(layer).double(), z.double()
+    with torch.no_grad(), mint.use_backend("torch"):
+        y, diagonal, _ = forward(exact, start.double())
+        x = start.double() - alpha * (y - goal) / diagonal
+        # Of the x computed: what rounding does to x is not doubled.
+        y_then, _, log_det = forward(exact, computed.x.double())
+    scale = goal.abs().flatten(1).amax(1).clamp(min=1)
+    residuals = torch.stack([(one - goal).abs().flatten(1).amax(1) for one in (y, y_then)]) / scale
+    tolerance = grid.TOLERANCES[numbers]
+    grid.assert_near("step", computed.x.double() - start.double(), x - start, tolerance)
+    grid.assert_near("log-det", computed.log_det, log_det, tolerance)
+    grid.assert_near("residual of the start", computed.residuals[0], residuals[0], tolerance)
+    # The second is a difference of nearly equal numbers of the size of z.
+    grid.assert_near("residual", 1 + computed.residuals[1], 1 + residuals[1], tolerance)
 
 
 @pytest.mark.parametrize("layout", grid.LAYOUTS)

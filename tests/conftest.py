@@ -36,8 +36,11 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
+    for item in items:
+        if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif item.path.name.endswith("_kernels.py"):  # where there is a GPU, they run on it
+            item.add_marker("gpu")

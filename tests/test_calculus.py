@@ -1,13 +1,16 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import mintnet_triton as mint
 from mintnet_triton.calculus import Compose, Elementwise, MaskedAffine, Sum, TriangularMap
 from mintnet_triton.ordering import Order, Triangle
 from tests.jacobian import assert_triangular_with_log_det
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SHAPE = (2, 3, 4)
 ORDERINGS = [

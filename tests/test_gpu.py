@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST, Scale, capture, collect, make_layer, relative_rms
-from mintnet_triton.kernels import FrozenWeights, _launch, inversion, mint_forward, mint_layer
+from mintnet_triton.kernels import _launch, inversion, mint_layer
 from tests.grid import TOLERANCES, dtype_of, precision_of
 
 pytestmark = [
@@ -131,6 +131,29 @@ def test_runs_are_equal(scale: Scale, numbers: str) -> None:
     assert_same(first, second)
 
 
+@pytest.mark.parametrize("numbers", TOLERANCES)
+@SCALES
+def test_convolution_against_float64(scale: Scale, numbers: str) -> None:
+    """The middle convolution of a layer on its own."""
+    dtype, channels = dtype_of(numbers), scale.channels * scale.hidden
+    conv = mint.MaskedConv2d(channels, channels, 3, colours=scale.channels).to(DEVICE, dtype)
+    shape = (BATCH, channels, scale.size, scale.size)
+    x, by_y = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
+
+    def results(conv: mint.MaskedConv2d, x: Tensor, by_y: Tensor) -> Results:
+        x = x.detach().requires_grad_()
+        names, parameters = zip(*conv.named_parameters(), strict=True)
+        y = conv(x)
+        gradients = torch.autograd.grad(y, [x, *parameters], by_y)
+        return {"y": y.detach(), **dict(zip(("x", *names), gradients, strict=True))}
+
+    with mint.use_backend("triton"), precision_of(numbers):
+        computed = results(conv, x, by_y)
+    with mint.use_backend("torch"):
+        expected = results(copy.deepcopy(conv).double(), x.double(), by_y.double())
+    assert_close(computed, expected, TOLERANCES[numbers])
+
+
 def gradients_of(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor) -> Results:
     """Results and gradients of a whole module, of one sum of them."""
     module.zero_grad()
@@ -175,6 +198,19 @@ def test_graph_of_forward() -> None:
         assert torch.equal(computed, eager)
 
 
+def test_graph_of_training() -> None:
+    layer = make_layer(CIFAR10[1]).to(DEVICE)
+    x, upstream = inputs(CIFAR10[1], torch.float32)
+    other, by_other = inputs(CIFAR10[1], torch.float32)
+    with mint.use_backend("triton"):
+        graph, computed = capture(lambda: step(layer, x, upstream))
+        for old, new in zip((x, *upstream), (other, *by_other), strict=True):
+            old.copy_(new)
+        graph.replay()
+        expected = step(layer, other, by_other)
+    assert_same(computed, expected)
+
+
 def solve(layer: mint.MintLayer, z: Tensor, iterations: int, tolerance: float) -> Any:
     """Algorithm 1 by the kernels alone."""
     packed = mint_layer.pack_layer(layer.effective_weights(), z.dtype)
@@ -213,27 +249,20 @@ def test_another_stream() -> None:
 
 
 @torch.no_grad()
-def evaluate(layer: mint.MintLayer, weights: FrozenWeights, x: Tensor) -> tuple[Tensor, ...]:
-    """Without the layer's own check of x, which waits for the GPU."""
-    ordering = layer.conv1.ordering
-    with mint.use_backend("triton"):
-        return mint_forward(x, weights, layer.activation, ordering.order, ordering.triangle)
-
-
-@torch.no_grad()
 def test_frozen_weights_on_two_streams() -> None:
     layer = make_layer(CIFAR10[1]).to(DEVICE)
     x, _ = inputs(CIFAR10[1], torch.float32)
-    expected = evaluate(layer, FrozenWeights(layer.effective_weights()), x)
-    weights = FrozenWeights(layer.effective_weights())
-    torch.cuda.synchronize()
-    first, second = torch.cuda.Stream(), torch.cuda.Stream()
-    with torch.cuda.stream(first):
-        torch.cuda._sleep(200_000_000)  # cycles: the weights are packed late
-        weights.packed(x.dtype)
-    with torch.cuda.stream(second):
-        computed = evaluate(layer, weights, x)
-    torch.cuda.synchronize()
+    with mint.use_backend("triton"):
+        expected = layer(x)
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        with mint.frozen(layer):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(first):
+                torch.cuda._sleep(200_000_000)  # cycles: the weights are packed late
+                layer(x)
+            with torch.cuda.stream(second):
+                computed = layer(x)
+            torch.cuda.synchronize()
     for one, other in zip(computed, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -243,15 +272,16 @@ def test_frozen_weights_on_two_streams() -> None:
 def test_frozen_weights_in_a_graph(packed: str) -> None:
     layer = make_layer(CIFAR10[1]).to(DEVICE)
     x, _ = inputs(CIFAR10[1], torch.float32)
-    expected = evaluate(layer, FrozenWeights(layer.effective_weights()), x)  # compiles, too
-    weights = FrozenWeights(layer.effective_weights())
-    if packed == "before":
-        weights.packed(x.dtype)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        of_graph = evaluate(layer, weights, x)
-    eager = evaluate(layer, weights, x)
-    graph.replay()
+    with mint.use_backend("triton"):
+        expected = layer(x)  # compiles, too
+        with mint.frozen(layer):
+            if packed == "before":
+                layer(x)
+            with torch.cuda.graph(graph):
+                of_graph = layer(x)
+            eager = layer(x)
+            graph.replay()
     for results in (eager, of_graph):
         for one, other in zip(results, expected, strict=True):
             assert torch.equal(one, other)
@@ -371,6 +401,19 @@ def test_inversion(scale: Scale, numbers: str) -> None:
     assert relative_rms(result.x, reference.x.double()) <= near
     assert relative_rms(result.log_det, -log_det.double()) <= near
     assert (result.iterations - reference.iterations).abs().max() <= 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("numbers", ["float32", "float64"])
+@SCALES
+def test_inversions_are_equal(scale: Scale, numbers: str) -> None:
+    dtype = dtype_of(numbers)
+    layer = make_layer(scale).to(DEVICE, dtype)
+    with mint.use_backend("torch"):
+        z, _ = layer(inputs(scale, dtype)[0])
+    first, second = (solve(layer, z, 40, 1e-5) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_trace_of_inversion() -> None:

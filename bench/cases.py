@@ -704,4 +704,5 @@ def all_cases(device: torch.device, *, tiny: bool = False) -> list[Case]:
         layers(mnist, small, "compiled")
         kernels(cifar, large)
         layers(mnist, large, "ours", "torch", "naive", "compiled")
+        conv(mnist, large)
     return cases

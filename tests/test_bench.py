@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import gpu
+from bench.cases import CIFAR10, MNIST, all_cases
 from bench.ratios import ratios
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,17 @@ def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
     tables = (tmp_path / "gpu.md").read_text()
     for title in ("Middle convolution", "Forward", "Training", "Inversion", "Tiles"):
         assert f"## {title}" in tables
+
+
+def test_a_run_ends_within_eight_minutes() -> None:
+    assert 60 * gpu.parse([]).minutes + gpu.GRACE <= 8 * 60 - 5  # some seconds to start and to end
+
+
+def test_the_middle_convolution_is_timed_at_every_scale() -> None:
+    cases = all_cases(torch.device("cpu"))
+    names = {case.name.rsplit(", ", 1)[0] for case in cases if case.section == "conv2"}
+    scales = [*CIFAR10, *MNIST]
+    assert names == {f"{scale}, {batch}" for scale in scales for batch in (32, 128)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -309,8 +309,8 @@ def weight_gradient_kernel(
 
     start = split * pixels_per_split
     stop = tl.minimum(start + pixels_per_split, samples * height * width)
-    # An empty range may lie within a tile that reaches beyond the inputs.
-    if (low >= high) | (tl.min(k, 0) >= high) | (tl.max(k, 0) < low):
+    # A tile may reach beyond the inputs, where a range that is empty may begin.
+    if (tl.min(k, 0) >= high) | (tl.minimum(tl.max(k, 0), inputs - 1) < low):
         stop = start
     total = tl.zeros((BLOCK_N, BLOCK_K), partial.dtype.element_ty)
     for base in range(start, stop, BLOCK_M):

@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import mintnet_triton as mint
+from bench.cases import CIFAR10, MNIST
 from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer
 
 ROOT = Path(__file__).parent.parent
@@ -56,22 +57,35 @@ class Case(NamedTuple):
     half: torch.dtype = torch.bfloat16
     kernels: str = ".*"  # what "<kernel> of <input channels of a colour>" begins with
     inverse: bool = True
+    alone: bool = True  # the convolution, outside a layer
+    structure: mint_layer.Structure = mint_layer.Structure("channel", "lower", "elu")
 
 
-#: the flows' first scale whole; the others for the tiles that differ
+#: for sm_90 every scale of the flows, and so every tile that its tables yield
+SCALES = (
+    Case(*CIFAR10[0]),
+    *(Case(*scale, alone=False) for scale in CIFAR10[1:]),
+    *(Case(*scale, half=torch.float16, alone=False) for scale in MNIST),
+)
+
+#: for the others, as compiling takes its time: the first scale whole, and tiles that differ most
 CASES = (
     Case(3, 85, 32),
     Case(48, 5, 8, kernels="middle|hidden_gradient_kernel of 5", inverse=False),
     Case(1, 45, 28, half=torch.float16, kernels="middle", inverse=False),
 )
 
+#: what the mask and the activation make of the kernels, once
+MIRRORED = Case(
+    4, 11, 14, kernels="middle|hidden|weight", inverse=False, alone=False,
+    structure=mint_layer.Structure("pixel", "upper", "softplus"),
+)  # fmt: skip
+
 #: for tables that a listed architecture has too: the tiles that take most memory
 GENERIC = Case(3, 85, 32, kernels="middle|weight_gradient", inverse=False)
 
 #: where every integer is 1, which Triton compiles into the kernel
 DEGENERATE = Case(1, 1, 1, batch=1)
-
-STRUCTURE = mint_layer.Structure("channel", "lower", "elu")
 
 
 class Driver:
@@ -95,12 +109,13 @@ def compile_all(arch: str, operand: str) -> list[Record]:
     triton.runtime.driver.set_active(Driver(TARGETS[arch]))
     torch.set_float32_matmul_precision("high" if operand == "tf32" else "highest")
     records: list[Record] = []
-    done: list[Any] = []
+    done: set[Any] = set()
     cases: tuple[Case, ...] = CASES
-    if (arch, operand) == ("sm_90", "ieee"):
-        cases = (*CASES, DEGENERATE)
-    elif arch == "generic":
+    if arch == "generic":
         cases = (GENERIC,)
+    elif arch == "sm_90":
+        more = {"half": (MIRRORED,), "ieee": (DEGENERATE,)}
+        cases = (*SCALES, *more.get(operand, ()))
     case = cases[0]
 
     def compile_launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -111,9 +126,13 @@ def compile_all(arch: str, operand: str) -> list[Record]:
             record = describe(kernel, case, values)
             if not re.match(case.kernels, f"{record['kernel']} of {record['units_in']}"):
                 return
-            compiled = kernel.warmup(*arguments, grid=grid, **constants)
-            if all(compiled is not other for other in done):  # the very one, from Triton's cache
-                done.append(compiled)
+            # Scales share tiles; what differs beside makes no other code, or next to none.
+            ignored = {"SLOTS", "TILE", "OPERAND"}
+            fixed = frozenset((key, constants[key]) for key in constants.keys() - ignored)
+            launched = (kernel, fixed, values.get("units_in") == 1, case is DEGENERATE)
+            if launched not in done:
+                done.add(launched)
+                compiled = kernel.warmup(*arguments, grid=grid, **constants)
                 records.append(record | measure(compiled))
 
         return launch
@@ -133,27 +152,28 @@ def call(case: Case, operand: str) -> None:
     hidden = colours * case.units
     dtype = torch.float64 if operand == "float64" else torch.float32
     layer = mint.MintLayer(colours, size, case.units).to(dtype)
-    weights = layer.effective_weights()
+    weights, structure = layer.effective_weights(), case.structure
     x = torch.zeros(batch, colours, size, size, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", case.half, enabled=operand == "half"):
-        y, _, log_det = mint_layer.mint_forward(x, weights, STRUCTURE)
+        y, _, log_det = mint_layer.mint_forward(x, weights, structure)
         torch.autograd.backward((y, log_det), (torch.ones_like(y), torch.ones_like(log_det)))
-        masked_conv.masked_conv2d(
-            torch.zeros(batch, hidden, size, size, dtype=dtype),
-            torch.zeros(hidden, hidden, 3, 3, dtype=dtype),
-            None, colours, STRUCTURE.order, STRUCTURE.triangle,
-        )  # fmt: skip
+        if case.alone:
+            masked_conv.masked_conv2d(
+                torch.zeros(batch, hidden, size, size, dtype=dtype),
+                torch.zeros(hidden, hidden, 3, 3, dtype=dtype),
+                None, colours, structure.order, structure.triangle,
+            )  # fmt: skip
     if case.inverse and operand in ("ieee", "float64"):  # an inversion is never rounded
         with torch.no_grad():
             packed = mint_layer.pack_layer(weights, dtype)
-            inversion.fixed_point(x, x, packed, STRUCTURE, 1.0, 1, 1e-5)
+            inversion.fixed_point(x, x, packed, structure, 1.0, 1, 1e-5)
 
 
 def describe(kernel: Any, case: Case, values: dict[str, Any]) -> Record:
     """Which launch it is."""
     return {
         "kernel": kernel.__name__,
-        "layer": [case.colours, case.units, case.size],
+        "layer": [case.colours, case.units, case.size, *case.structure],
         "units_in": values.get("units_in", values.get("units")),
         "tile": [values[f"BLOCK_{axis}"] for axis in "MNK"],
         "warps": values["num_warps"],

@@ -27,20 +27,31 @@ SIZES = {"half": 2, "tf32": 4, "ieee": 4, "float64": 8}
 
 TURNED = {("sm_90", "tf32"), ("sm_100", "tf32")}
 
+#: what Triton 3.6 is known to make worse than later ones, and no change here has mended
+OLDEST = {
+    ("sm_90", "float64", "registers spilled"),  # 48 bytes, at the end of an update of 48 colours
+    ("sm_100", "tf32", "registers spilled"),  # 8 bytes, in the first convolution
+    ("sm_100", "float64", "matrix instructions"),  # it does without
+}
+
 
 @pytest.mark.parametrize("operand", _configs.OPERANDS)
 @pytest.mark.parametrize("arch", TARGETS)
 def test_compiles(arch: str, operand: str) -> None:
     records = compile_elsewhere(arch, operand)
     assert records
-    problems = [f"{problem}: {record}" for record in records for problem in find_problems(record)]
+    known = OLDEST if triton.__version__.startswith("3.6.") else set()
+    problems = [
+        f"{problem}: {record}"
+        for record in records
+        for problem in find_problems(record)
+        if (arch, operand, problem) not in known
+    ]
     assert not problems, "\n".join(problems)
 
     report = json.loads(REPORT.read_text())
     if report["triton"] != triton.__version__:  # which allots registers in its own way
         pytest.skip(f"all is well; the report to compare with is of Triton {report['triton']}")
-    spilled = [r for r in records if r["stack"] > STACK or r["spills_in_loops"]]
-    assert not spilled
     expected = [r for r in report["records"] if (r["arch"], r["operand"]) == (arch, operand)]
     assert records == expected, "if the change is meant: python -m tests.compiled --write"
 
@@ -48,6 +59,8 @@ def test_compiles(arch: str, operand: str) -> None:
 def find_problems(record: Record) -> Iterator[str]:
     if record["shared"] > SHARED[record["arch"]]:
         yield "too much shared memory"
+    if record["stack"] > STACK or record["spills_in_loops"]:
+        yield "registers spilled"
     if record["layer"][1] > 1:  # a degenerate layer need only compile
         yield from find_matrix_problems(record)
         yield from find_load_problems(record)
@@ -66,22 +79,29 @@ def find_matrix_problems(record: Record) -> Iterator[str]:
 
 
 def find_load_problems(record: Record) -> Iterator[str]:
-    """Rows of hidden layers and weights are read 16 bytes at a time."""
+    """Rows of hidden layers and weights are read 16 bytes at a time, or all that a thread has."""
     arch, operand, kernel = record["arch"], record["operand"], record["kernel"]
+    block_m, block_n, block_k = record["tile"]
+    threads = record["warps"] * (64 if arch == "gfx942" else 32)
+
+    def widest(elements: int) -> int:
+        return min(16, elements * SIZES[operand] // int(threads))
+
+    copies, loads = ({int(size) for size in record[kind]} for kind in ("copies", "loads"))
     if kernel in ("middle_kernel", "hidden_gradient_kernel") and record["units_in"] > 1:
-        # Both operands have such rows; 16 bytes, or all that a thread has of a small tile.
-        block_m, block_n, block_k = record["tile"]
-        threads = record["warps"] * (64 if arch == "gfx942" else 32)
-        widest = {
-            str(min(16, rows * block_k * SIZES[operand] // threads)) for rows in (block_m, block_n)
-        }
-        # AMD's loads are not told apart from those of biases and the like.
-        if arch == "gfx942" and not widest <= set(record["loads"]):
-            yield f"no loads of {widest} bytes"
-        if arch != "gfx942" and set(record["copies"]) != widest:
-            yield f"copies not of {widest} bytes"
+        # Both operands have such rows. NVIDIA copies 4 bytes or more; AMD's loads are not told
+        # apart from those of biases and the like.
+        expected = {widest(rows * block_k) for rows in (block_m, block_n)}
+        if arch == "gfx942" and not expected <= loads:
+            yield f"no loads of {expected} bytes"
+        if arch != "gfx942" and copies != expected - {1, 2}:
+            yield f"copies not of {expected} bytes"
     elif kernel != "masked_conv_kernel":  # which reads images in any layout
         # From Hopper on, TensorFloat-32 is multiplied with pixels side by side: 4 bytes at a time.
-        turned = kernel == "weight_gradient_kernel" and (arch, operand) in TURNED
-        if not turned and "16" not in record["copies"] | record["loads"]:
-            yield "no loads of 16 bytes"
+        of_weights = kernel == "weight_gradient_kernel"
+        turned = of_weights and (arch, operand) in TURNED
+        elements = (
+            block_m * max(block_n, block_k) if of_weights else max(block_m, block_n) * block_k
+        )
+        if not turned and widest(elements) not in copies | loads:
+            yield f"no loads of {widest(elements)} bytes"

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mintnet_triton as mint
 from bench.naive import NaiveMintLayer
 from mintnet_triton import FixedPoint, MaskedConv2d, MintLayer, use_backend
 from mintnet_triton.kernels import _configs, masked_conv, mint_layer
@@ -218,6 +219,53 @@ def make_layer(scale: Scale, kind: type[MintLayer] = MintLayer, **arguments: Any
             else:
                 parameter.mul_(2)
     return layer
+
+
+def random_flow(preset: str | None) -> mint.MintNet:
+    """A model of the paper, its layers as :func:`make_layer` makes them; None is a tiny one."""
+    torch.manual_seed(0)
+    if preset is None:
+        flow = mint.MintNet(1, 4, pairs=2, hidden=4, squeezes=1)
+    else:
+        flow = mint.MintNet.from_preset(preset)
+    for layer in layers_of(flow):
+        layer.load_state_dict(make_layer(scale_of(layer)).state_dict())
+    return flow
+
+
+def layers_of(flow: mint.MintNet) -> list[MintLayer]:
+    return [stage for _, stage in flow.stages() if isinstance(stage, MintLayer)]
+
+
+def scale_of(layer: MintLayer) -> Scale:
+    return Scale(layer.channels, layer.hidden, layer.size[0])
+
+
+#: iterations of a layer in the paper's inversion, and how many of them are timed
+PAPER_ITERATIONS, TIMED_ITERATIONS = 100, 2
+
+
+@torch.no_grad()
+def time_paper(flow: mint.MintNet, samples: int, clock: Callable[[Work], float]) -> float:
+    """What the paper's inversion takes on the literal layer, in the clock's unit.
+
+    The first iterations are timed, on one layer of each kind, and the time of all is extrapolated:
+    every iteration evaluates the layer once, and one evaluation precedes them.
+    """
+    kinds: dict[Scale, list[MintLayer]] = {}
+    for layer in layers_of(flow):
+        kinds.setdefault(scale_of(layer), []).append(layer)
+    solver = FixedPoint(iterations=TIMED_ITERATIONS, tolerance=0)
+    total = 0.0
+    for scale, alike in kinds.items():
+        like = alike[0].t
+        naive = NaiveMintLayer(scale.channels, scale.size, scale.hidden).to(like.device)
+        naive.load_state_dict(alike[0].state_dict())
+        z = torch.randn(samples, *like.shape, device=like.device)
+        work = partial(naive.solve, z, solver, trace=False, reference=None)
+        evaluation = clock(work) / (TIMED_ITERATIONS + 1)
+        total += len(alike) * evaluation * (PAPER_ITERATIONS + 1)
+    return total
 
 
 class Problem:
@@ -630,6 +678,29 @@ def measure_tile(
     }
 
 
+@torch.no_grad()
+def measure_sampling(
+    preset: str | None, samples: int, solver: mint.Solver, device: torch.device, clock: Clock
+) -> Result:
+    """Sampling from a whole model, beside the paper's inversion of the same latents."""
+    flow = random_flow(preset).to(device)
+    z = torch.randn(samples, *flow.latent_shape, device=device)
+    with use_backend("triton"), mint.frozen(flow):
+        result = mint.invert(flow, z, solver)
+        if not bool(result.converged.all()) and not isinstance(solver, FixedPoint):
+            raise WrongResultError(f"wrong: {result}")
+        elapsed = clock(partial(mint.invert, flow, z, solver))
+    with use_backend("torch"):
+        paper = time_paper(flow, samples, clock)
+    return {
+        "ms": elapsed,
+        "ms of the paper's": paper,
+        "residual": float(result.residual.max()),
+        "not converged": int((~result.converged).sum()),
+        "by wavefront": float(result.layer_wavefront.double().mean()),
+    }
+
+
 def all_cases(device: torch.device, *, tiny: bool = False) -> list[Case]:
     """Every case, the most important first.
 
@@ -686,14 +757,21 @@ def all_cases(device: torch.device, *, tiny: bool = False) -> list[Case]:
                     parts = (scale, batch, mode.name, label)
                     add("tiles", parts, True, measure_tile, scale, batch, mode, tile)
 
+    def sampling(preset: str | None, samples: int) -> None:
+        for solver in (mint.Auto(), mint.Wavefront(), FixedPoint()):
+            parts = (preset or "tiny", samples, type(solver).__name__)
+            add("sampling", parts, True, measure_sampling, preset, samples, solver)
+
     conv(cifar, small)
     kernels(cifar, small)
     layers(cifar, small, "ours", "torch", "naive")
+    sampling(None if tiny else "cifar10", 2 if tiny else 64)
     graphs(cifar, small, "ours")
     tiling(cifar, small)
     layers(cifar, small, "compiled")
     layers(mnist, small, "ours", "torch", "naive")
     if large is not None:
+        sampling("mnist", 64)
         layers(cifar, large, "ours", "torch", "naive")
         conv(cifar, large)
         layers(cifar, large, "compiled")

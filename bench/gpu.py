@@ -332,6 +332,7 @@ def render(report: Report) -> str:
     lines += render_conv(results.get("conv2", {}))
     lines += render_layers(results.get("layer", {}), results.get("graph", {}))
     lines += render_kernels(results.get("kernels", {}))
+    lines += render_sampling(results.get("sampling", {}))
     lines += render_tiles(results.get("tiles", {}))
     skipped = [
         f"- {section}: {name}"
@@ -421,6 +422,12 @@ def render_kernels(cases: dict[str, Any]) -> list[str]:
         ]
         lines += table(title, ["case", *columns], rows)
     return lines
+
+
+def render_sampling(cases: dict[str, Any]) -> list[str]:
+    keys = ("ms", "ms of the paper's", "residual", "not converged", "by wavefront")
+    rows = [[name, *(cell(case, key) for key in keys)] for name, case in cases.items()]
+    return table("Sampling", ["case", *keys], rows)
 
 
 def render_tiles(cases: dict[str, Any]) -> list[str]:

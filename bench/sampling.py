@@ -23,16 +23,11 @@ import torch
 from torch import Tensor
 
 import mintnet_triton as mint
-from bench.cases import Scale, make_layer
-from bench.naive import NaiveMintLayer
+from bench.cases import PAPER_ITERATIONS, random_flow, time_paper
 from mintnet_triton.solvers import max_error
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 
-#: iterations of a layer in the paper
-PAPER = 100
-#: iterations of the literal layer that are timed
-TIMED = 2
 #: of the curves
 ITERATIONS = (1, 2, 4, 8, 16, 32, 64, 100)
 #: a layer of the trained network at which Algorithm 1 falls into a cycle
@@ -58,35 +53,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def random_flow(preset: str) -> mint.MintNet:
-    """A model of the paper whose layers are as those of :func:`bench.cases.make_layer`."""
-    torch.manual_seed(0)
-    flow = mint.MintNet.from_preset(preset)
-    for _, stage in flow.stages():
-        if isinstance(stage, mint.MintLayer):
-            scale = Scale(stage.channels, stage.hidden, stage.size[0])
-            stage.load_state_dict(make_layer(scale).state_dict())
-    return flow
+def paper_seconds(flow: mint.MintNet, samples: int) -> float:
+    """What the paper's inversion takes."""
 
+    def clock(work: Callable[[], Any]) -> float:
+        return statistics.median(timed(work)[0] for _ in range(4))
 
-def naive_seconds(flow: mint.MintNet, samples: int) -> float:
-    """What the paper's inversion takes: for each kind of layer, from its first iterations."""
-    kinds: dict[Scale, list[mint.MintLayer]] = {}
-    for _, stage in flow.stages():
-        if isinstance(stage, mint.MintLayer):
-            scale = Scale(stage.channels, stage.hidden, stage.size[0])
-            kinds.setdefault(scale, []).append(stage)
-    total = 0.0
-    # Every iteration evaluates the layer once, and one evaluation precedes them.
-    solver = mint.FixedPoint(iterations=TIMED, tolerance=0)
-    for scale, layers in kinds.items():
-        naive = NaiveMintLayer(scale.channels, scale.size, scale.hidden)
-        naive.load_state_dict(layers[0].state_dict())
-        z = torch.randn(samples, scale.channels, scale.size, scale.size)
-        mint.invert(naive, z, solver)
-        times = [timed(lambda: mint.invert(naive, z, solver))[0] for _ in range(3)]  # noqa: B023
-        total += len(layers) * statistics.median(times) / (TIMED + 1) * (PAPER + 1)
-    return total
+    return time_paper(flow, samples, clock)
 
 
 def facts(result: mint.InversionResult) -> dict[str, Any]:
@@ -108,7 +81,7 @@ def measure_speed(preset: str, samples: int) -> dict[str, Any]:
     ours = statistics.median(seconds for seconds, _ in runs)
     return {
         "seconds": ours,
-        "naive_seconds": naive_seconds(flow, samples),
+        "naive_seconds": paper_seconds(flow, samples),
         **facts(runs[0][1]),
     }
 
@@ -126,9 +99,9 @@ def measure_solvers(flow: mint.MintNet, z: Tensor) -> dict[str, Any]:
     """Every solver on the trained network, in float32."""
     rows: dict[str, Any] = {}
     # It iterates to the end, and the layer's implementation does not matter for what comes of it.
-    paper = facts(mint.invert(flow, z, mint.FixedPoint(1 / 3.5, PAPER)))
+    paper = facts(mint.invert(flow, z, mint.FixedPoint(1 / 3.5, PAPER_ITERATIONS)))
     rows["the paper's: α = 1/3.5, T = 100, literal layer"] = {
-        "seconds": naive_seconds(flow, len(z)),
+        "seconds": paper_seconds(flow, len(z)),
         **paper,
     }
     for name, solver in SOLVERS.items():

@@ -31,12 +31,14 @@ def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["machine"]["dry run"]
-    assert report["results"].keys() == {"conv2", "kernels", "layer", "graph", "tiles"}
+    assert report["results"].keys() == {
+        "conv2", "kernels", "layer", "sampling", "graph", "tiles",
+    }  # fmt: skip
     assert not gpu.errors(report["results"])
     rivals = {name.rsplit(", ", 1)[1] for name in report["results"]["layer"]}
     assert rivals == {"ours", "torch", "naive", "compiled"}
     tables = (tmp_path / "gpu.md").read_text()
-    for title in ("Middle convolution", "Forward", "Training", "Inversion", "Tiles"):
+    for title in ("Middle convolution", "Forward", "Training", "Inversion", "Sampling", "Tiles"):
         assert f"## {title}" in tables
 
 

@@ -15,7 +15,7 @@ Groups of samples are independent; threads share them.
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numba
@@ -38,7 +38,7 @@ from mintnet_triton.kernels.reference import MintWeights
 #: lines that are added at once; :func:`add_lines` spells them out
 UNROLL = 8
 #: most lanes that Newton's method works on at once: what it touches stays in a near cache
-LANES = 64
+LANES = 128
 #: about as many outputs as a block of colours has: more of them skip less, fewer call torch more
 BLOCK = 64
 
@@ -371,34 +371,27 @@ class Skew(NamedTuple):
         """Lanes of a line."""
         return (self.height + 2 * self.radius) * self.group
 
-    def new(self, threads: int, units: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Empty storage (threads, ...) for each thread's group, all zeros."""
-        return torch.zeros(threads, self.colours * self.planes * units * self.line, dtype=dtype)
+    def new(self, units: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Empty storage: zeros, in one line."""
+        return torch.zeros(self.colours * self.planes * units * self.line, dtype=dtype)
 
     def _images(self, storage: Tensor) -> Tensor:
-        """The stored values seen as (threads, group, colours, units, height, width)."""
-        units = storage.shape[1] // (self.colours * self.planes * self.line)
+        """The stored values seen as (group, colours, units, height, width)."""
+        units = len(storage) // (self.colours * self.planes * self.line)
         plane, skew = units * self.line, self.radius + 1
-        strides = (
-            storage.shape[1],
-            1,
-            self.planes * plane,
-            self.line,
-            skew * plane + self.group,
-            plane,
-        )
-        size = (len(storage), self.group, self.colours, units, self.height, self.width)
+        strides = (1, self.planes * plane, self.line, skew * plane + self.group, plane)
+        size = (self.group, self.colours, units, self.height, self.width)
         first = (skew * self.radius + self.radius) * plane + self.radius * self.group
         return storage.as_strided(size, strides, first)
 
     def put(self, storage: Tensor, values: Tensor) -> None:
-        """Store values (threads * group, colours * units, height, width)."""
+        """Store values (group, colours * units, height, width)."""
         images = self._images(storage)
         images.copy_(values.reshape(images.shape))
 
     def get(self, storage: Tensor) -> Tensor:
         """What is stored, as :meth:`put` takes it."""
-        return self._images(storage).flatten(2, 3).flatten(0, 1)
+        return self._images(storage).flatten(1, 2)
 
 
 @lru_cache(maxsize=64)
@@ -469,18 +462,17 @@ class Canvas:
         self.images[channels, :, inside, inside] = values.transpose(0, 1)
 
     def convolve(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """The convolution of the first channels by weights (outputs, inputs, k, k)."""
-        outputs, inputs, kernel, _ = weight.shape
+        """The convolution of the first channels by weights (k * k, outputs, inputs)."""
+        taps, outputs, inputs = weight.shape
+        kernel = math.isqrt(taps)
         lines = self.images[:inputs].flatten(1)
         margin = self.radius * (self.stride + 1)
         sums = bias.unsqueeze(1).expand(-1, lines.shape[1]).contiguous()
         inside = slice(margin, lines.shape[1] - margin)
-        if inputs:
-            for dy in range(kernel):
-                for dx in range(kernel):
-                    shift = (dy - kernel // 2) * self.stride + dx - kernel // 2
-                    seen = lines[:, margin + shift : lines.shape[1] - margin + shift]
-                    sums[:, inside].addmm_(weight[:, :, dy, dx], seen)
+        for tap in range(taps if inputs else 0):
+            shift = (tap // kernel - kernel // 2) * self.stride + tap % kernel - kernel // 2
+            seen = lines[:, margin + shift : lines.shape[1] - margin + shift]
+            sums[:, inside].addmm_(weight[tap], seen)
         border = slice(self.radius, -self.radius or None)
         images = sums.view(outputs, *self.images.shape[1:])[:, :, border, border]
         return images.transpose(0, 1)
@@ -501,6 +493,8 @@ class Block(NamedTuple):
     weights: tuple[tuple[np.ndarray[Any, Any], ...], ...]
     centres: tuple[np.ndarray[Any, Any], ...]
     share: np.ndarray[Any, Any]
+    before: tuple[Tensor, ...]  # weights of what the blocks before show, (k * k, outputs, inputs)
+    biases: tuple[Tensor, ...]
 
 
 def _block(first: int, skew: Skew, weights: MintWeights, share: Tensor, order: str) -> Block:
@@ -521,7 +515,18 @@ def _block(first: int, skew: Skew, weights: MintWeights, share: Tensor, order: s
             weights.centre3[own].contiguous().numpy(),
         ),
         share[own].numpy(),
+        (
+            _by_tap(weights.weight1[wide, : own.start]),
+            _by_tap(weights.weight2[wide, : wide.start]),
+            _by_tap(weights.weight3[own, : wide.start]),
+        ),
+        (weights.bias1[wide], weights.bias2[wide], weights.bias3[own]),
     )
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """(outputs, inputs, k, k) -> (k * k, outputs, inputs)."""
+    return weight.permute(2, 3, 0, 1).flatten(0, 1).contiguous()
 
 
 def _colours_of_a_block(colours: int, units: int, order: str) -> int:
@@ -535,62 +540,81 @@ def _colours_of_a_block(colours: int, units: int, order: str) -> int:
 @torch.no_grad()
 def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str) -> Wave:
     batch, colours, height, width = z.shape
-    units = weights.centre1.shape[1]
-    convolutions = (weights.weight1, weights.weight2, weights.weight3)
-    radius = max(weight.shape[-1] for weight in convolutions) // 2
+    radius = max(weight.shape[-1] for weight in weights[:6:2]) // 2
     threads = min(torch.get_num_threads(), batch)
     rows = min(height, -(-width // (radius + 1)))  # the most of a front
-    group = min(max(1, LANES // rows), -(-batch // threads))
-    together = threads * group
+    # As many samples in each group as fill the lanes, and as many groups for each thread.
+    share_of_thread = -(-batch // threads)
+    rounds = -(-share_of_thread // max(1, LANES // rows))
+    group = -(-share_of_thread // rounds)
+    units = weights.centre1.shape[1]
     skew = Skew(_colours_of_a_block(colours, units, order), height, width, radius, group)
     share = steepest_share(weights, hidden)
     blocks = [
         _block(first, skew, weights, share, order) for first in range(0, colours, skew.colours)
     ]
+    wave = empty_wave(z)
+    starts = range(0, batch, group)
+    parts = [starts[thread::threads] for thread in range(threads)]
+    solve = partial(_solve_groups, z, weights, hidden, order, skew, blocks, wave)
+    if threads == 1:
+        solve(starts)
+        return wave
+    # A thread does all that its groups need by itself: torch's own threads would be in the way.
+    available = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(solve, parts):
+                pass  # an error is raised here
+    finally:
+        torch.set_num_threads(available)
+    return wave
+
+
+@torch.no_grad()
+def _solve_groups(
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    skew: Skew,
+    blocks: list[Block],
+    wave: Wave,
+    starts: range,
+) -> None:
+    """Solve the groups of samples that start there, one after the other, in the same storage."""
+    batch, colours, height, width = z.shape
+    units, group = weights.centre1.shape[1], skew.group
+    sizes = (1, units, units)
     slopes = hidden if isinstance(hidden, Slopes) else ()
     number = LINEAR if isinstance(hidden, Slopes) else NAMES.index(hidden.name)
-    constants = (number, order == "channel", radius, height, width, group)
-
-    x, target, t, diagonal, error = (skew.new(threads) for _ in range(5))
-    steps = skew.new(threads, dtype=torch.int64)
-    layers = (x, skew.new(threads, units), skew.new(threads, units))
-    given = [skew.new(threads, units if slopes else 0) for _ in range(2)]
-    arrays = (x, target, t, *layers[1:], *given, diagonal, error, steps)
-    sizes = (1, units, units)
-    canvases = [Canvas(together, colours * size, height, width, radius) for size in sizes]
-    wave = empty_wave(z)
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, batch, together):
-            stop = min(batch, start + together)
-            # Spare lanes solve the last sample again.
-            index = torch.arange(start, start + together).clamp(max=batch - 1)
-            for position, block in enumerate(blocks):
-                known1, known2, known3 = (
-                    canvas.convolve(weight[rows, : block.own.start * size], bias[rows])
-                    for canvas, weight, bias, rows, size in zip(
-                        canvases,
-                        convolutions,
-                        (weights.bias1, weights.bias2, weights.bias3),
-                        (block.wide, block.wide, block.own),
-                        sizes,
-                        strict=True,
-                    )
-                )
-                skew.put(layers[1], known1)
-                skew.put(layers[2], known2)
-                skew.put(target, z[index, block.own] - known3)
-                skew.put(t, weights.t[block.own].expand(together, -1, -1, -1))
-                for storage, values in zip(given, slopes, strict=False):
-                    skew.put(storage, values[index, block.wide])
-                fixed = (block.weights, block.centres, block.share, *constants)
-                calls = [
-                    (*(storage[thread].numpy() for storage in arrays), *fixed)
-                    for thread in range(threads)
-                ]
-                list(pool.map(lambda call: solve_block(*call), calls))
-                for storage, field in zip((x, diagonal, error, steps), wave, strict=True):
-                    field[start:stop, block.own] = skew.get(storage)[: stop - start]
-                if block is not blocks[-1]:
-                    for canvas, storage in zip(canvases, layers, strict=True):
-                        canvas.put(skew.get(storage), position)
-    return wave
+    x, target, t, diagonal, error = (skew.new() for _ in range(5))
+    steps = skew.new(dtype=torch.int64)
+    layers = (x, skew.new(units), skew.new(units))
+    given = [skew.new(units if slopes else 0) for _ in range(2)]
+    arrays = [one.numpy() for one in (x, target, t, *layers[1:], *given, diagonal, error, steps)]
+    canvases = [Canvas(group, colours * size, height, width, skew.radius) for size in sizes]
+    for start in starts:
+        stop = min(batch, start + group)
+        # Spare lanes solve the last sample again.
+        index = torch.arange(start, start + group).clamp(max=batch - 1)
+        for position, block in enumerate(blocks):
+            known1, known2, known3 = (
+                canvas.convolve(weight, bias)
+                for canvas, weight, bias in zip(canvases, block.before, block.biases, strict=True)
+            )
+            skew.put(layers[1], known1)
+            skew.put(layers[2], known2)
+            skew.put(target, z[index, block.own] - known3)
+            skew.put(t, weights.t[block.own].expand(group, -1, -1, -1))
+            for storage, values in zip(given, slopes, strict=False):
+                skew.put(storage, values[index, block.wide])
+            solve_block(
+                *arrays, block.weights, block.centres, block.share, number, order == "channel",
+                skew.radius, height, width, group,
+            )  # fmt: skip
+            for storage, field in zip((x, diagonal, error, steps), wave, strict=True):
+                field[start:stop, block.own] = skew.get(storage)[: stop - start]
+            if block is not blocks[-1]:
+                for canvas, storage in zip(canvases, layers, strict=True):
+                    canvas.put(skew.get(storage), position)

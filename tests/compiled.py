@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 
 import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST
-from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer
+from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer, wavefront
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "tests" / "data" / "compiled.json"
@@ -167,6 +167,7 @@ def call(case: Case, operand: str) -> None:
         with torch.no_grad():
             packed = mint_layer.pack_layer(weights, dtype)
             inversion.fixed_point(x, x, packed, structure, 1.0, 1, 1e-5)
+            wavefront.wavefront(x, weights, layer.activation, structure.order, structure.triangle)
 
 
 def describe(kernel: Any, case: Case, values: dict[str, Any]) -> Record:

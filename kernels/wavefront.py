@@ -121,7 +121,7 @@ def wavefront_kernel(
     centre1,  # (colours, units)
     centre2,  # (colours * units, centre_width)
     centre3,  # (colours, units)
-    slopes1,  # (samples, height, width, colours * units), where slopes are given
+    slopes1,  # as h1 and h2, where slopes are given
     slopes2,
     samples,
     first_colour,
@@ -167,7 +167,6 @@ def wavefront_kernel(
     pixel = sample.to(tl.int64) * area + within
     place = (sample.to(tl.int64) * colours + colour) * area + within
     own = pixel * stride + colour * units
-    given = pixel * outputs + colour * units
     unit = tl.arange(0, BLOCK_N)
     inside = valid[:, None] & (unit < units)[None, :]
     # Lanes beyond the units do what the last one does, with an outer weight of zero.
@@ -204,6 +203,7 @@ def wavefront_kernel(
     step = 0
     running = valid
     going = tl.max(valid.to(tl.int32), 0) > 0
+    LIMIT: tl.constexpr = 2 if ACTIVATION == "given" else STEPS
     while going:
         a2 = known2
         rate2 = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
@@ -213,7 +213,7 @@ def wavefront_kernel(
             inner = tl.load(centre1 + colour * units + k, mask=k < units, other=0.0)[None, :]
             a1 = tl.load(h1 + own[:, None] + k[None, :], mask=here, other=0.0)
             a1 += x_value[:, None] * inner
-            h, s = bend(a1, slopes1, given[:, None] + k[None, :], here, ACTIVATION)
+            h, s = bend(a1, slopes1, own[:, None] + k[None, :], here, ACTIVATION)
             w = tl.load(
                 centre2 + n[None, :] * centre_width + k[:, None],
                 mask=(k < centre_width)[:, None],
@@ -221,34 +221,35 @@ def wavefront_kernel(
             )
             a2 = tl.dot(h, w, a2, input_precision=PRECISION, out_dtype=ACCUMULATOR)
             rate2 = tl.dot(s * inner, w, rate2, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        h, s = bend(a2, slopes2, given[:, None] + unit[None, :], inside, ACTIVATION)
+        h, s = bend(a2, slopes2, own[:, None] + unit[None, :], inside, ACTIVATION)
         tl.store(h2 + own[:, None] + unit[None, :], h, mask=inside)
         # Loaded in each step: held through its products, they would cost registers.
         t_value = tl.load(t + colour * area + within, mask=valid, other=1.0)
         z_value = tl.load(z + place, mask=valid, other=0.0)
-        steep = (t_value + tl.load(share + colour)) * (1 + SLACK * EPSILON)
-        flat = t_value * (1 - SLACK * EPSILON)
         rate = t_value + tl.sum(outer * s * rate2, 1)
         g = tl.sum(outer * h, 1) + known3 + t_value * x_value - z_value
         size = tl.sum(tl.abs(outer * h), 1) + tl.abs(known3)
         size += tl.abs(t_value * x_value) + tl.abs(z_value)
         running = running & (tl.abs(g) < float("inf")) & (tl.abs(g) > EPSILON * size)
-        # The root is where both bounds of the slope say.
-        before = high - low
-        near, far = x_value - g / steep, x_value - g / flat
-        low = tl.maximum(low, tl.minimum(near, far))
-        high = tl.minimum(high, tl.maximum(near, far))
-        bracket = high - low
         new = x_value - g / rate
-        trusted = (low <= new) & (new <= high) & ~(bracket > 0.5 * earlier)
-        new = tl.where(trusted, new, low + 0.5 * bracket)
-        earlier = tl.where(trusted, before, bracket)
+        if ACTIVATION != "given":  # for then this step is exact
+            steep = (t_value + tl.load(share + colour)) * (1 + SLACK * EPSILON)
+            flat = t_value * (1 - SLACK * EPSILON)
+            # The root is where both bounds of the slope say.
+            before = high - low
+            near, far = x_value - g / steep, x_value - g / flat
+            low = tl.maximum(low, tl.minimum(near, far))
+            high = tl.minimum(high, tl.maximum(near, far))
+            bracket = high - low
+            trusted = (low <= new) & (new <= high) & ~(bracket > 0.5 * earlier)
+            new = tl.where(trusted, new, low + 0.5 * bracket)
+            earlier = tl.where(trusted, before, bracket)
         running = running & (tl.abs(new) < float("inf")) & (new != x_value)
         step += 1
         # The last step ends with values that belong to x.
-        going = (tl.max(running.to(tl.int32), 0) > 0) & (step < STEPS)
+        going = (tl.max(running.to(tl.int32), 0) > 0) & (step < LIMIT)
         x_value = tl.where(running & going, new, x_value)
-        tl.store(steps + place, tl.minimum(step, STEPS - 1).to(tl.int64), mask=running)
+        tl.store(steps + place, tl.minimum(step, LIMIT - 1).to(tl.int64), mask=running)
 
     for start in range(0, units, BLOCK_OWN):
         k = start + tl.arange(0, BLOCK_OWN)
@@ -256,7 +257,7 @@ def wavefront_kernel(
         inner = tl.load(centre1 + colour * units + k, mask=k < units, other=0.0)[None, :]
         a1 = tl.load(h1 + own[:, None] + k[None, :], mask=here, other=0.0)
         a1 += x_value[:, None] * inner
-        h, _ = bend(a1, slopes1, given[:, None] + k[None, :], here, ACTIVATION)
+        h, _ = bend(a1, slopes1, own[:, None] + k[None, :], here, ACTIVATION)
         tl.debug_barrier()
         tl.store(h1 + own[:, None] + k[None, :], h, mask=here)
     tl.store(x + place, x_value, mask=valid)
@@ -312,7 +313,9 @@ def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: 
     wave.steps.zero_()
     slopes: tuple[Tensor | None, ...] = (None, None)
     if isinstance(hidden, Slopes):
-        slopes = tuple(one.permute(0, 2, 3, 1).contiguous() for one in hidden)
+        slopes = (torch.empty_like(h1), torch.empty_like(h2))
+        for stored, one in zip(slopes, hidden, strict=True):
+            stored[..., : units * colours] = one.permute(0, 2, 3, 1)
     tile = _configs.wavefront_tile(units)
     most = batch * min(height, -(-width // skew))  # unknowns of a colour in a front
     arguments = (

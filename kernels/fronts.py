@@ -24,6 +24,8 @@ from mintnet_triton.kernels.reference import MintWeights
 
 #: most steps of Newton's method: enough to bisect a bracket of 1e20 down to 1e-16
 STEPS = 400
+#: the error of an equation that is solved, in units of the last place of its largest term
+SOLVED = 8
 #: how far rounding may move the bounds of a slope, in units of the last place
 SLACK = 64
 
@@ -323,7 +325,7 @@ def _newton(
         slope = t + (centre3 * slope2 * ((slope1 * centre1) @ centre2)).sum(2)
         error = outer.sum(2) + known3 + t * x - z
         size = outer.abs().sum(2) + known3.abs() + (t * x).abs() + z.abs()
-        running = running & error.isfinite() & (error.abs() > epsilon * size)
+        running = running & error.isfinite() & (error.abs() > SOLVED * epsilon * size)
         if step == STEPS - 1:
             break  # with values that belong to x
         new = bracket.step(x, error, error / slope)

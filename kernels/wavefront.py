@@ -34,6 +34,7 @@ from mintnet_triton.kernels.weights import kernel_size, pack
 
 STEPS = tl.constexpr(fronts.STEPS)
 SLACK = tl.constexpr(fronts.SLACK)
+SOLVED = tl.constexpr(fronts.SOLVED)
 #: channels that a sum of one output adds at once
 WIDE = tl.constexpr(64)
 
@@ -230,7 +231,7 @@ def wavefront_kernel(
         g = tl.sum(outer * h, 1) + known3 + t_value * x_value - z_value
         size = tl.sum(tl.abs(outer * h), 1) + tl.abs(known3)
         size += tl.abs(t_value * x_value) + tl.abs(z_value)
-        running = running & (tl.abs(g) < float("inf")) & (tl.abs(g) > EPSILON * size)
+        running = running & (tl.abs(g) < float("inf")) & (tl.abs(g) > SOLVED * EPSILON * size)
         new = x_value - g / rate
         if ACTIVATION != "given":  # for then this step is exact
             steep = (t_value + tl.load(share + colour)) * (1 + SLACK * EPSILON)

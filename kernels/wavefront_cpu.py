@@ -39,12 +39,14 @@ from mintnet_triton.kernels.reference import MintWeights
 UNROLL = 8
 #: most lanes that Newton's method works on at once: what it touches stays in a near cache
 LANES = 128
+#: lanes that are added up at once
+VECTOR = 8
 #: about as many outputs as a block of colours has: more of them skip less, fewer call torch more
 BLOCK = 64
 
 STEPS = fronts.STEPS
 EPSILON = float(np.finfo(np.float64).eps)
-SLACK = fronts.SLACK * EPSILON
+SLACK, SOLVED = fronts.SLACK * EPSILON, fronts.SOLVED * EPSILON
 
 #: activations by number; a linear layer has slopes that are given
 LINEAR = -1
@@ -73,11 +75,14 @@ summing = _compiler("contract", "reassoc")  # sums of lines, in any order
 def add_lines(sums, weights, distances, lines, base, lanes):
     """``sums[k] += sum_n weights[n, k] * lines[base + distances[n]:]``, along some lanes.
 
+    A few more lanes than that are added up: whole vectors are faster than a rest of single ones.
+
     Args:
         sums: (outputs, lanes or more).
         weights: (N / 8, outputs, 8).
         distances: (N / 8, 8).
     """
+    lanes = -(-lanes // VECTOR) * VECTOR
     for n in range(len(weights)):
         d = distances[n]
         h0 = lines[base + d[0] :][:lanes]
@@ -167,27 +172,27 @@ def bend(activation, a, h, s, scratch, bits):
 @compiled
 def solve_lanes(
     x, z, t, h1, h2, known1, known2, diagonal, error, steps,
-    centre1, centre2, centre3, share, activation, line, work,
+    centre1, centre2, centre3, share, activation, line, work, flat,
 ):  # fmt: skip
-    """Newton's method for some lanes of one colour in one plane, as :func:`.fronts._solve` has it.
+    """Newton's method for some lanes of one colour in one plane, as :func:`.fronts._newton` has it.
 
     Args:
         x, z, t, diagonal, error, steps: (lanes,); what the known variables contribute to the last
             convolution has been taken from z.
-        h1, h2, slopes1, slopes2: a line for each unit, ``line`` apart, flat.
+        h1, h2: a line for each unit, ``line`` apart, flat.
         known1, known2: (units, lanes or more), what the known variables contribute.
         centre2: (units / 8 rounded up, units, 8).
-        work: (2 * units + 8 + 15, 2 * LANES), to write to.
+        work: (2 * units + 8, 2 * LANES), and flat: (4, units * LANES), to write to.
     """
     units, lanes = len(centre1), len(x)
     padded = 8 * len(centre2)
     # The lanes of h1 and, beside them, those of its derivative by x: one product for both.
     pair, product = work[:padded], work[padded : padded + units]
-    rows = work[padded + units :]
-    a, s, scratch, size = rows[0][:lanes], rows[1][:lanes], rows[2][:lanes], rows[3][:lanes]
-    low, high, before, earlier = rows[4], rows[5], rows[6], rows[7]
-    bits = rows[2].view(np.int64)[:lanes]
-    running = rows[8]
+    # All units in one line: what is done to each value alone is done in the fewest loops.
+    a, h, s = flat[0][: units * lanes], flat[1][: units * lanes], flat[2][: units * lanes]
+    scratch, bits = flat[3][: units * lanes], flat[3].view(np.int64)[: units * lanes]
+    size, running = np.empty(lanes), np.empty(lanes, np.bool_)
+    low, high, before, earlier = np.empty(lanes), np.empty(lanes), np.empty(lanes), np.empty(lanes)
     distances = np.arange(padded).reshape(-1, 8) * pair.shape[1]
     pair[units:] = 0
     lines = pair.reshape(-1)
@@ -196,14 +201,18 @@ def solve_lanes(
         if not abs(x[m]) < np.inf:
             x[m] = 0.0
         low[m], high[m], before[m], earlier[m] = -np.inf, np.inf, np.inf, np.inf
-        running[m], steps[m] = 1, 0
+        running[m], steps[m] = True, 0
     for iteration in range(STEPS):
         for k in range(units):
+            of_unit = a[k * lanes :][:lanes]
             for m in range(lanes):
-                a[m] = known1[k, m] + centre1[k] * x[m]
-            bend(activation, a, pair[k][:lanes], s, scratch, bits)
+                of_unit[m] = known1[k, m] + centre1[k] * x[m]
+        bend(activation, a, h, s, scratch, bits)
+        for k in range(units):
+            h_unit, s_unit = h[k * lanes :][:lanes], s[k * lanes :][:lanes]
             for m in range(lanes):
-                pair[k, lanes + m] = s[m] * centre1[k]
+                pair[k, m] = h_unit[m]
+                pair[k, lanes + m] = s_unit[m] * centre1[k]
                 product[k, m] = known2[k, m]
                 product[k, lanes + m] = 0
         add_lines(product, centre2, distances, lines, 0, 2 * lanes)
@@ -212,18 +221,20 @@ def solve_lanes(
             size[m] = abs(t[m] * x[m]) + abs(z[m])
             diagonal[m] = t[m]
         for k in range(units):
-            h = h2[k * line :][:lanes]
-            bend(activation, product[k][:lanes], h, s, scratch, bits)
+            a[k * lanes :][:lanes] = product[k][:lanes]
+        bend(activation, a, h, s, scratch, bits)
+        for k in range(units):
+            h_unit, s_unit = h[k * lanes :][:lanes], s[k * lanes :][:lanes]
             for m in range(lanes):
-                outer = centre3[k] * h[m]
+                outer = centre3[k] * h_unit[m]
                 error[m] += outer
                 size[m] += abs(outer)
-                diagonal[m] += centre3[k] * s[m] * product[k, lanes + m]
+                diagonal[m] += centre3[k] * s_unit[m] * product[k, lanes + m]
         left = 0
         for m in range(lanes):
             g = error[m]
-            if running[m] == 0 or not abs(g) > EPSILON * size[m] or not abs(g) < np.inf:
-                running[m] = 0
+            if not running[m] or not abs(g) > SOLVED * size[m] or not abs(g) < np.inf:
+                running[m] = False
                 continue
             near = x[m] - g / ((t[m] + share) * (1 + SLACK))
             far = x[m] - g / (t[m] * (1 - SLACK))
@@ -236,7 +247,7 @@ def solve_lanes(
                 before[m] = wide
             earlier[m], before[m] = before[m], wide
             if new == x[m] or not abs(new) < np.inf or iteration == STEPS - 1:
-                running[m] = 0
+                running[m] = False
                 continue
             x[m] = new
             steps[m] += 1
@@ -245,6 +256,7 @@ def solve_lanes(
             break
     for k in range(units):
         h1[k * line :][:lanes] = pair[k][:lanes]
+        h2[k * line :][:lanes] = h[k * lanes :][:lanes]
 
 
 @compiled
@@ -308,9 +320,9 @@ def solve_block(
     planes = skew * (height - 1) + width
     margin = skew * radius + radius
     line = (height + 2 * radius) * group
-    known1, known2 = np.empty((units, LANES)), np.empty((units, LANES))
-    known3 = np.empty((1, LANES))
-    work = np.empty((2 * units + 8 + 15, 2 * LANES))
+    known1, known2 = np.zeros((units, LANES)), np.zeros((units, LANES))
+    known3 = np.zeros((1, LANES))
+    work, flat = np.zeros((2 * units + 8, 2 * LANES)), np.zeros((4, units * LANES))
     fronts = planes + skew**2 * (colours - 1) if by_channel else planes * colours
     for front in range(fronts):
         for c in range(colours):
@@ -347,7 +359,7 @@ def solve_block(
                     solve_lanes(
                         x[own], z[own], t[own], h1[hidden:], h2[hidden:], known1, known2,
                         diagonal[own], error[own], steps[own],
-                        centre1[c], centre2[c], centre3[c], share[c], activation, line, work,
+                        centre1[c], centre2[c], centre3[c], share[c], activation, line, work, flat,
                     )  # fmt: skip
 
 
@@ -372,8 +384,8 @@ class Skew(NamedTuple):
         return (self.height + 2 * self.radius) * self.group
 
     def new(self, units: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Empty storage: zeros, in one line."""
-        return torch.zeros(self.colours * self.planes * units * self.line, dtype=dtype)
+        """Empty storage: zeros, in one line, with room for the last vector."""
+        return torch.zeros(self.colours * self.planes * units * self.line + VECTOR, dtype=dtype)
 
     def _images(self, storage: Tensor) -> Tensor:
         """The stored values seen as (group, colours, units, height, width)."""
@@ -593,7 +605,8 @@ def _solve_groups(
     layers = (x, skew.new(units), skew.new(units))
     given = [skew.new(units if slopes else 0) for _ in range(2)]
     arrays = [one.numpy() for one in (x, target, t, *layers[1:], *given, diagonal, error, steps)]
-    canvases = [Canvas(group, colours * size, height, width, skew.radius) for size in sizes]
+    before = colours - skew.colours  # colours that some block looks back on
+    canvases = [Canvas(group, before * size, height, width, skew.radius) for size in sizes]
     for start in starts:
         stop = min(batch, start + group)
         # Spare lanes solve the last sample again.

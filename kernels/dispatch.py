@@ -147,6 +147,17 @@ def mint_wavefront(
     return fronts.wavefront(z, weights, hidden, order, triangle)
 
 
+def mint_exact_map(
+    x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
+) -> Tensor:
+    """y of a Mint layer in float64, without gradients."""
+    if use_numba(x, activation) and not use_triton(x, activation):
+        from mintnet_triton.kernels import wavefront_cpu
+
+        return wavefront_cpu.mint_map(x, weights, activation)
+    return mint_map(x, weights, activation, order, triangle)
+
+
 def mint_jacobian_solver(
     x: Tensor,
     weights: MintWeights,

@@ -19,6 +19,7 @@ from mintnet_triton.kernels import (
     Wave,
     find_activation,
     fixed_point,
+    mint_exact_map,
     mint_forward,
     mint_jacobian_solver,
     mint_magnitude,
@@ -232,7 +233,7 @@ class MintLayer(TriangularMap):
 
     def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
         weights = self._weights_in(torch.float64)
-        y = mint_map(x.double(), weights, self.activation, *self._structure)
+        y = mint_exact_map(x.double(), weights, self.activation, *self._structure)
         return relative_residual(y, z.double())
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:

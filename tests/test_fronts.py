@@ -265,3 +265,14 @@ def solve(request: pytest.FixtureRequest) -> Solver:
     from mintnet_triton.kernels import wavefront_cpu
 
     return wavefront_cpu.wavefront
+
+
+@pytest.mark.parametrize("kernels", [(3, 3, 3), (1, 5, 3)])
+def test_the_map_by_matrix_products(kernels: tuple[int, int, int]) -> None:
+    pytest.importorskip("numba")
+    from mintnet_triton.kernels import wavefront_cpu
+
+    layer = random_layer(3, (4, 6), 5, kernel_size=kernels)
+    x = torch.randn(3, 3, 4, 6, dtype=torch.float64)
+    computed = wavefront_cpu.mint_map(x, weights_of(layer), layer.activation)
+    torch.testing.assert_close(computed, layer(x)[0].detach(), rtol=1e-12, atol=1e-12)

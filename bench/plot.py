@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers tell them apart in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#000000", "*"))
@@ -57,6 +58,7 @@ def draw(axis: Axes, solvers: dict[str, Any], unit: str) -> None:
             axis.vlines(where, low, high, color=colour)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def main() -> None:

@@ -106,8 +106,9 @@ def measure_solvers(flow: mint.MintNet, z: Tensor) -> dict[str, Any]:
         **paper,
     }
     for name, solver in SOLVERS.items():
-        seconds, result = timed(lambda: mint.invert(flow, z, solver))  # noqa: B023
-        rows[name] = {"seconds": seconds, **facts(result)}
+        runs = [timed(lambda: mint.invert(flow, z, solver)) for _ in range(3)]  # noqa: B023
+        seconds = statistics.median(seconds for seconds, _ in runs)
+        rows[name] = {"seconds": seconds, **facts(runs[0][1])}
     return rows
 
 

@@ -17,10 +17,10 @@ from mintnet_triton.solvers import Evaluator, LinearSolver
 
 #: sets of random numbers
 PROBES = 2
-#: how often the size of the random numbers' effect rounding may have, at most
-SAFETY = 16
-#: how much smaller the second order has to be than the first
-SECOND_ORDER = 0.25
+#: how often what the random numbers do rounding may do: an equation is solved to 8 units only
+SAFETY = 64
+#: how much of the first order the second may be, and the first of x: further off, slopes may change
+SECOND_ORDER, FIRST_ORDER = 0.05, 0.1
 #: how large the effect of rounding may be, relative to x, where it has not been tried out
 TINY = 1e-6
 
@@ -81,7 +81,8 @@ class ErrorBound:
         # Second order cannot be told from noise.
         certain = second.abs().flatten(1).amax(1) <= SECOND_ORDER * size + noise
         tried = torch.maximum(size, TINY * x.abs().flatten(1).amax(1).clamp(min=1))
-        self.valid = self.valid & certain & (noise <= tried)
+        near = size <= FIRST_ORDER * x.abs().flatten(1).amax(1).clamp(min=1)
+        self.valid = self.valid & certain & near & (noise <= tried)
 
     def _noise(self) -> Tensor:
         probes: Tensor = self.noise.abs().unflatten(0, (PROBES, -1))
@@ -89,7 +90,7 @@ class ErrorBound:
 
     def value(self) -> Tensor:
         """The bound of ``max |error|`` (B,), float64; infinite where there is none."""
-        # Orders beyond the second go down like those before.
-        error = self.error.abs() / (1 - SECOND_ORDER) + SAFETY * self._noise()
+        # Twice, for what the orders beyond the second may add at kinks.
+        error = 2 * self.error.abs() + SAFETY * self._noise()
         largest = error.flatten(1).amax(1)
         return torch.where(self.valid & largest.isfinite(), largest, torch.inf)

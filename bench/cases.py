@@ -21,6 +21,7 @@ from bench.naive import NaiveMintLayer
 from mintnet_triton import FixedPoint, MaskedConv2d, MintLayer, use_backend
 from mintnet_triton.kernels import _configs, masked_conv, mint_layer
 from mintnet_triton.kernels.mint_layer import Structure, as_image, new_hidden
+from mintnet_triton.kernels.reference import join_centres
 from mintnet_triton.kernels.weights import pack
 from mintnet_triton.kernels.work import dense, exact_of_image
 
@@ -613,7 +614,7 @@ class Launches:
         weights = self.weights
         results: tuple[Tensor, Tensor, Tensor] = mint_layer.backward_op(
             self.x, self.h1, self.h2, self.by_y, self.by_diagonal, weights.weight1,
-            weights.weight2, weights.weight3, mint_layer.join_centres(weights), weights.t,
+            weights.weight2, weights.weight3, join_centres(weights), weights.t,
             *self.structure,
         )  # fmt: skip
         return results

@@ -4,7 +4,7 @@ An operator is defined, implemented and given a fake (shapes alone) here in one 
 lies outside, in an ``autograd.Function`` beside it: the cheapest way that ``torch.compile`` traces.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -17,20 +17,26 @@ NAMESPACE = "mintnet_triton"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    devices: Sequence[str] = ("CUDA", "CPU"),
+) -> Any:
     """Register an operator.
 
     Args:
         schema: ``"name(Tensor x, ...) -> Tensor"``.
-        implementation: launches kernels; for CUDA, and for a CPU in Triton's interpreter.
+        implementation: launches kernels.
         fake: gives outputs of the right shape, dtype and strides, without values.
+        devices: that it is for; a CPU, too, for the sake of Triton's interpreter.
 
     Returns:
         The operator, to be called.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CUDA", "CPU"):
+    for key in devices:
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

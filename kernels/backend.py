@@ -32,8 +32,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation for the calls inside the ``with`` block, in the whole process.
 
     Args:
-        name: ``"auto"``, the default: Triton kernels where they can run, else plain PyTorch (and
-            numba, where it is installed, for the wavefront on a CPU);
+        name: ``"auto"``, the default: Triton kernels where they can run; on a CPU, what numba
+            compiles, where that is installed (layers in float32, the wavefront); else plain
+            PyTorch;
             ``"torch"``, plain PyTorch on any device; or ``"triton"``, whose calls raise
             :class:`BackendError` where the kernels cannot run. They run on a GPU of compute
             capability 8.0 or above (or an AMD one), and on a CPU in Triton's interpreter (with
@@ -87,11 +88,36 @@ def use_triton(x: Tensor, activation: Activation | None = None) -> bool:
     return not obstacle
 
 
-def use_numba(z: Tensor, hidden: object) -> bool:
-    """Whether a wavefront is to run as compiled by numba: on a CPU, in float64."""
+def use_numba(x: Tensor, hidden: object, dtype: torch.dtype) -> bool:
+    """Whether a call with this input is to run as compiled by numba: on a CPU, in that dtype.
+
+    The layer is compiled for float32, the wavefront for float64.
+    """
     known = not isinstance(hidden, Activation) or is_known(hidden)
-    suits = z.device.type == "cpu" and z.dtype == torch.float64 and known
+    suits = x.device.type == "cpu" and x.dtype == dtype and known
     return suits and NUMBA_INSTALLED and _choice != "torch"
+
+
+def use_numba_layer(x: Tensor, activation: Activation) -> bool:
+    """Whether a Mint layer of this input is to run as compiled by numba.
+
+    Threads share samples: of fewer than half as many as there are threads, torch makes more.
+    """
+    return (
+        use_numba(x, activation, torch.float32)
+        and (torch.compiler.is_compiling() or 2 * len(x) >= torch.get_num_threads())
+        and len(x) > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not _transformed()
+    )
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func, or forward differentiation, is under way."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or torch.autograd.forward_ad._current_level >= 0
 
 
 def check_pixels(x: Tensor) -> None:
@@ -114,8 +140,8 @@ def _obstacle(x: Tensor, activation: Activation | None) -> str:
         return "Triton is not installed"
     if activation is not None and not is_known(activation):
         return f"they know no activation but this package's own, and {activation.name!r} is not one"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
-        return "they know no transforms of torch.func"
+    if _transformed():
+        return "they know no transforms of torch.func, nor forward differentiation"
     if x.is_cuda:
         if torch.compiler.is_compiling():  # it cannot look at a device; a launch will
             return ""

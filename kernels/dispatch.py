@@ -1,6 +1,7 @@
 """The operations that the layers call: each goes to the backend chosen for its input."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mintnet_triton.kernels import fronts, reference
 from mintnet_triton.kernels.activation import Activation
-from mintnet_triton.kernels.backend import TRITON_INSTALLED, use_numba, use_triton
+from mintnet_triton.kernels.backend import (
+    TRITON_INSTALLED,
+    use_numba,
+    use_numba_layer,
+    use_triton,
+)
 from mintnet_triton.kernels.fronts import Slopes, Wave
 from mintnet_triton.kernels.reference import MintWeights
 
@@ -38,6 +44,7 @@ class FrozenWeights:
 
     def __init__(self, weights: MintWeights) -> None:
         self.weights = weights
+        self._packed_for_cpu: Any = None
         #: by dtype, with what other streams than that of the packing have to wait for
         self._packed: dict[torch.dtype, tuple[triton_layer.Packed, torch.cuda.Event | None]] = {}
 
@@ -59,6 +66,37 @@ class FrozenWeights:
             self._packed[dtype] = packed, ready
         return packed
 
+    def packed_for_cpu(self, order: str, triangle: str) -> Any:
+        """The weights as :mod:`.mint_layer_cpu` reads them."""
+        from mintnet_triton.kernels import mint_layer_cpu
+
+        if self._packed_for_cpu is None:
+            parts = (*self.weights[:6], self.weights.t)
+            self._packed_for_cpu = mint_layer_cpu.pack_layer(parts, order, triangle)
+        return self._packed_for_cpu
+
+
+def _numba_layer(
+    x: Tensor,
+    weights: MintWeights | FrozenWeights,
+    activation: Activation,
+    order: str,
+    triangle: str,
+    diagonal: bool,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    from mintnet_triton.kernels import mint_layer_cpu  # here, for numba takes time to import
+
+    frozen = isinstance(weights, FrozenWeights) and not torch.compiler.is_compiling()
+    if frozen and not (torch.is_grad_enabled() and x.requires_grad):
+        assert isinstance(weights, FrozenWeights)
+        packed = weights.packed_for_cpu(order, triangle)
+        return mint_layer_cpu.packed_forward(x, packed, activation.name, diagonal)
+    if isinstance(weights, FrozenWeights):
+        weights = weights.weights
+    structure = mint_layer_cpu.Structure(order, triangle, activation.name)
+    return mint_layer_cpu.mint_forward(x, weights, structure, diagonal, recompute)
+
 
 def mint_map(
     x: Tensor,
@@ -70,6 +108,8 @@ def mint_map(
     """y of a Mint layer, (B, C, H, W) in the dtype of x."""
     if use_triton(x, activation):
         return mint_forward(x, weights, activation, order, triangle)[0]
+    if use_numba_layer(x, activation):
+        return _numba_layer(x, weights, activation, order, triangle, diagonal=False)[0]
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
     return reference.mint_map(x, weights, activation, order, triangle)[0]
@@ -99,6 +139,9 @@ def mint_forward(
             packed = weights.packed(compute_dtype(weights.weights.weight2))
             return triton_layer.packed_forward(x, packed, structure)
         return triton_layer.mint_forward(x, weights, structure, recompute)
+    if use_numba_layer(x, activation):
+        y, diagonal = _numba_layer(x, weights, activation, order, triangle, True, recompute)
+        return y, diagonal, diagonal.log().flatten(1).sum(1)
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
     arguments = (x, weights, activation, order, triangle)
@@ -139,9 +182,8 @@ def mint_wavefront(
         return fronts.empty_wave(z)
     if use_triton(z, None if isinstance(hidden, Slopes) else hidden):
         return triton_wavefront.wavefront(z, weights, hidden, order, triangle)
-    if use_numba(z, hidden):
-        # Here, for numba takes a second to import.
-        from mintnet_triton.kernels import wavefront_cpu
+    if use_numba(z, hidden, torch.float64):
+        from mintnet_triton.kernels import wavefront_cpu  # here, for numba takes time to import
 
         return wavefront_cpu.wavefront(z, weights, hidden, order, triangle)
     return fronts.wavefront(z, weights, hidden, order, triangle)
@@ -151,7 +193,7 @@ def mint_exact_map(
     x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
 ) -> Tensor:
     """y of a Mint layer in float64, without gradients."""
-    if use_numba(x, activation) and not use_triton(x, activation):
+    if use_numba(x, activation, torch.float64) and not use_triton(x, activation):
         from mintnet_triton.kernels import wavefront_cpu
 
         return wavefront_cpu.mint_map(x, weights, activation)

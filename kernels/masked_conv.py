@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mintnet_triton.kernels import _configs, _launch
+from mintnet_triton.kernels import _configs, _launch, ranges
 from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
-from mintnet_triton.kernels.ranges import first_block, seen_inputs
 from mintnet_triton.kernels.triton_activation import activate, slope
 from mintnet_triton.kernels.weights import kernel_size, pack, pack_transposed, unpack
 from mintnet_triton.kernels.work import metadata
+
+seen_inputs, first_block = triton.jit(ranges.seen_inputs), triton.jit(ranges.first_block)
 
 #: programs that a gradient by weights is split into, at least, so as to fill a GPU
 GRADIENT_PROGRAMS = 512

@@ -30,9 +30,9 @@ from mintnet_triton.kernels.masked_conv import (
     locate,
     run_conv,
     run_weight_gradient,
+    seen_inputs,
 )
-from mintnet_triton.kernels.ranges import seen_inputs
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.reference import MintWeights, join_centres
 from mintnet_triton.kernels.triton_activation import activate, slope, slope_derivative
 from mintnet_triton.kernels.weights import (
     centres_unit,
@@ -361,15 +361,6 @@ class Packed(NamedTuple):
     centres: Tensor  # (C * K, S), in their unit
     t: Tensor  # (C, H, W)
     unit: Tensor | None  # ()
-
-
-def join_centres(weights: MintWeights) -> Tensor:
-    """``D3 D2 D1`` (C, K, K): hidden unit j (last) to i, with both ends' weights to the pixel.
-
-    Never below float32, as t.
-    """
-    centre1, centre2, centre3 = (centre.to(weights.t.dtype) for centre in weights[6:9])
-    return centre3.unsqueeze(2) * centre2 * centre1.unsqueeze(1)
 
 
 def pack_layer(weights: MintWeights, dtype: torch.dtype) -> Packed:

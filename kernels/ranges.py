@@ -1,25 +1,29 @@
-"""Which input channels a tile of outputs sees: what the kernels skip is decided here alone."""
+"""Which input channels a tile of outputs sees: what is skipped is decided here alone.
 
-import triton
-import triton.language as tl
+Plain functions of plain integers: Triton's kernels compute with them, those for CPUs, and whoever
+counts the work of a schedule. Triton looks for its own words here, but need not be installed.
+"""
+
+import contextlib
+
+with contextlib.suppress(ModuleNotFoundError):
+    import triton.language as tl
 
 
-@triton.jit
 def seen_inputs(
     first,
     last,
     units,
     colours,
-    PLACE: tl.constexpr,
-    ORDER: tl.constexpr,
-    TRIANGLE: tl.constexpr,
+    PLACE: "tl.constexpr",
+    ORDER: "tl.constexpr",
+    TRIANGLE: "tl.constexpr",
 ):
     """The input channels that output colours ``first`` to ``last`` see, as [low, high).
 
     PLACE is negative for taps before the centre in reading order, 0 for the centre. ORDER is
     "channel" or "pixel", or "own" for each colour seeing itself alone. TRIANGLE is "lower",
-    "upper", or "below": lower, but for a colour's own centre. Plain integers in, plain integers
-    out, so that the work of a schedule can be counted with this very function.
+    "upper", or "below": lower, but for a colour's own centre.
     """
     low = 0 * first
     high = 0 * first + units * colours
@@ -44,8 +48,7 @@ def seen_inputs(
     return low, high
 
 
-@triton.jit
-def first_block(low, high, BLOCK_K: tl.constexpr):
+def first_block(low, high, BLOCK_K: "tl.constexpr"):
     """Where blocks of BLOCK_K channels begin that cover [low, high): beyond high if it is empty.
 
     A multiple of BLOCK_K, and Triton has to see that it is: loads are as wide as it knows.

@@ -98,10 +98,43 @@ def mint_forward(
     batch, colours, height, width = x.shape
     per_colour = (batch, colours, h1.shape[1] // colours, height * width)
     # The K x K matrix takes the outer two diagonals along, so the pixels need no product with them.
-    centres = weights.centre3.unsqueeze(2) * weights.centre2 * weights.centre1.unsqueeze(1)
-    through = torch.matmul(centres, activation.slope(h1).reshape(per_colour))
+    through = torch.matmul(join_centres(weights).to(h1), activation.slope(h1).reshape(per_colour))
     diagonal = (through * activation.slope(h2).reshape(per_colour)).sum(2)
     return y, diagonal.view(x.shape) + weights.t
+
+
+def join_centres(weights: MintWeights) -> Tensor:
+    """``D3 D2 D1`` (C, K, K): hidden unit j (last) to i, with both ends' weights to the pixel.
+
+    Never below float32, as t.
+    """
+    centre1, centre2, centre3 = (centre.to(weights.t.dtype) for centre in weights[6:9])
+    return centre3.unsqueeze(2) * centre2 * centre1.unsqueeze(1)
+
+
+def with_centres(
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    t: Tensor,
+) -> MintWeights:
+    """Effective weights, with the centres as views of them."""
+    colours = len(t)
+
+    def centre(weight: Tensor) -> Tensor:
+        """(C, outputs, inputs)."""
+        middle = weight.shape[-1] // 2
+        outputs, inputs = (count // colours for count in weight.shape[:2])
+        blocks = weight[..., middle, middle].reshape(colours, outputs, colours, inputs)
+        return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
+
+    return MintWeights(
+        weight1, bias1, weight2, bias2, weight3, bias3,
+        centre(weight1)[:, :, 0], centre(weight2), centre(weight3)[:, 0], t,
+    )  # fmt: skip
 
 
 def mint_magnitude(x: Tensor, weights: MintWeights, activation: Activation) -> Tensor:

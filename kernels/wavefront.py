@@ -26,8 +26,7 @@ from torch import Tensor
 from mintnet_triton.kernels import _configs, _launch, fronts
 from mintnet_triton.kernels.activation import Activation
 from mintnet_triton.kernels.fronts import Slopes, Wave, as_lower, empty_wave, steepest_share
-from mintnet_triton.kernels.masked_conv import add_conv
-from mintnet_triton.kernels.ranges import first_block, seen_inputs
+from mintnet_triton.kernels.masked_conv import add_conv, first_block, seen_inputs
 from mintnet_triton.kernels.reference import MintWeights
 from mintnet_triton.kernels.triton_activation import activate, slope
 from mintnet_triton.kernels.weights import kernel_size, pack

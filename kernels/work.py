@@ -22,7 +22,7 @@ def _of_tap(
     """Multiply-adds that the mask leaves of one tap at one pixel; its place as in seen_inputs."""
     total = 0
     for colour in range(colours):
-        low, high = seen_inputs.fn(colour, colour, units_in, colours, place, order, triangle)
+        low, high = seen_inputs(colour, colour, units_in, colours, place, order, triangle)
         total += (high - low) * units_out
     return total
 
@@ -72,8 +72,8 @@ def scheduled(
         first = min(start // units_out, colours - 1)
         last = min((start + block_n - 1) // units_out, colours - 1)
         for place in range(-(kernel**2 // 2), kernel**2 // 2 + 1):
-            low, high = seen_inputs.fn(first, last, units_in, colours, place, order, triangle)
-            blocks = len(range(first_block.fn(low, high, block_k), high, block_k))
+            low, high = seen_inputs(first, last, units_in, colours, place, order, triangle)
+            blocks = len(range(first_block(low, high, block_k), high, block_k))
             total += blocks * block_k * block_n
     return total
 

@@ -11,6 +11,7 @@ import mintnet_triton as mint
 from bench.cases import relative_rms
 from mintnet_triton.kernels import FrozenWeights, _launch, masked_conv, mint_forward, mint_layer
 from mintnet_triton.kernels.activation import NAMES
+from mintnet_triton.kernels.reference import join_centres
 from mintnet_triton.kernels.weights import pack
 from tests import golden, grid
 from tests.test_masked_conv_kernels import ORDERINGS
@@ -234,7 +235,7 @@ def test_padding_channels_are_zero(
         y, diagonal, _, h1, h2 = mint_layer.layer_op(x, *packed, *structure)
         _, by_a1, by_a2 = mint_layer.backward_op(
             x, h1, h2, y, diagonal, weights.weight1, weights.weight2, weights.weight3,
-            mint_layer.join_centres(weights), weights.t, *structure,
+            join_centres(weights), weights.t, *structure,
         )  # fmt: skip
     for hidden in (h1, h2, by_a1, by_a2):
         assert hidden.shape[3] > colours * units
@@ -300,7 +301,7 @@ def test_operators_are_well_defined() -> None:
         y, diagonal, _, h1, h2 = mint_layer.layer_op(x, *packed, *structure, "elu")
         backward = (
             x, h1, h2, y, diagonal, weights.weight1, weights.weight2, weights.weight3,
-            mint_layer.join_centres(weights), weights.t, *structure, "elu",
+            join_centres(weights), weights.t, *structure, "elu",
         )  # fmt: skip
         _, by_a1, by_a2 = mint_layer.backward_op(*backward)
     conv = (pack(weights.weight1, x.dtype), weights.bias1, 1, 2, *structure, "tanh")

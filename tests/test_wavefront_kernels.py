@@ -60,7 +60,7 @@ def test_ranges_are_what_is_seen_before(kernel: int, order: str) -> None:
             (other, dy, dx)
             for dy, dx in product(range(-radius, radius + 1), repeat=2)
             for other in range(
-                *ranges.seen_inputs.fn(colour, colour, 1, 4, dy * kernel + dx, order, "below")
+                *ranges.seen_inputs(colour, colour, 1, 4, dy * kernel + dx, order, "below")
             )
         ]
         assert sorted(seen) == sorted(fronts.seen_before(order, colour, 4, kernel))

@@ -1,0 +1,606 @@
+"""The Mint layer and its gradient on a CPU, in float32: the arithmetic, compiled by numba.
+
+Samples are computed in groups. A *canvas* holds a group's images, (rows, channels, line): a line is
+one row of one channel, the pixels of all samples of the group side by side, with zeros at both
+ends. So a tap of a kernel is a whole line at a constant distance, and every loop runs along lines,
+whatever the size of an image.
+
+A masked convolution adds up, for a *tile* of outputs, what each tap sees: one range of input
+channels (:mod:`.ranges`); nothing outside of it is loaded or multiplied, nor are taps beyond the
+border. The innermost loops, :mod:`.tiles_cpu`, run at what the arithmetic units can do; all else
+here costs little beside them.
+
+The diagonal, and the gradients, are as in :mod:`.mint_layer`: v is the product of the joined centre
+weights with the slopes of the other hidden layer.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES
+from mintnet_triton.kernels.ranges import seen_inputs
+from mintnet_triton.kernels.tiles_cpu import (
+    FEW,
+    INPUTS,
+    MOST,
+    OUTPUTS,
+    VECTOR,
+)
+from mintnet_triton.kernels.wavefront_cpu import compiled
+
+#: floats along which a gradient by weights is summed at once: what it reads stays in a near cache
+SPAN = 1024
+
+ELU, LEAKY_RELU, SOFTPLUS, TANH, SIGMOID = (
+    NAMES.index(name) for name in ("elu", "leaky_relu", "softplus", "tanh", "sigmoid")
+)
+ZERO, ONE, TWO = (np.float32(number) for number in (0, 1, 2))
+STEEP, LEAST, MAGIC = np.float32(LEAKY_SLOPE), np.float32(-87), np.float32(1.5 * 2**23)
+LOG2E, LN2_HIGH, LN2_LOW = (np.float32(x) for x in (1 / math.log(2), 0.693359375, -2.12194440e-4))
+P2, P3, P4, P5, P6, P7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8))
+
+summing = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, inline="never")
+
+
+# ------------------------------------------------------------------ activations along lines
+
+
+@compiled
+def bend(activation, a, h, bits):
+    """``h = h(a)``; ``bits`` are those of h."""
+    if activation == ELU:
+        # exp(a) - 1, in vectors: with a = n log(2) + r, 2^n is made in the bits of the exponent,
+        # and exp(r) - 1 for |r| <= log(2) / 2 is a polynomial.
+        for m in range(len(a)):
+            h[m] = max(min(a[m], ZERO), LEAST) * LOG2E + MAGIC
+        for m in range(len(a)):
+            bits[m] = (bits[m] << 23) + (127 << 23)
+        for m in range(len(a)):
+            v = max(min(a[m], ZERO), LEAST)
+            n = (v * LOG2E + MAGIC) - MAGIC
+            r = (v - n * LN2_HIGH) - n * LN2_LOW
+            p = ((((P7 * r + P6) * r + P5) * r + P4) * r + P3) * r + P2
+            e = h[m] * (p * r * r + r) + (h[m] - ONE)
+            h[m] = e if a[m] <= ZERO else a[m]  # which keeps NaN
+    elif activation == LEAKY_RELU:
+        for m in range(len(a)):
+            h[m] = a[m] if a[m] > ZERO else STEEP * a[m]
+    elif activation == SOFTPLUS:
+        for m in range(len(a)):
+            h[m] = max(a[m], ZERO) + math.log1p(math.exp(-abs(a[m])))
+    elif activation == TANH:
+        for m in range(len(a)):
+            h[m] = math.tanh(a[m])
+    elif activation == SIGMOID:
+        for m in range(len(a)):
+            h[m] = ONE / (ONE + math.exp(-a[m]))
+    else:  # identity
+        for m in range(len(a)):
+            h[m] = a[m]
+
+
+@compiled
+def slopes(activation, h, s):
+    """``s = h'(a)``, read off h(a)."""
+    if activation == ELU:
+        for m in range(len(h)):
+            s[m] = min(h[m], ZERO) + ONE
+    elif activation == LEAKY_RELU:
+        for m in range(len(h)):
+            s[m] = ONE if h[m] > ZERO else STEEP
+    elif activation == SOFTPLUS:
+        for m in range(len(h)):
+            s[m] = -math.expm1(-h[m])
+    elif activation == TANH:
+        for m in range(len(h)):
+            s[m] = ONE - h[m] * h[m]
+    elif activation == SIGMOID:
+        for m in range(len(h)):
+            s[m] = h[m] * (ONE - h[m])
+    else:
+        for m in range(len(h)):
+            s[m] = ONE
+
+
+@compiled
+def slope_derivatives(activation, h, d):
+    """The derivatives of the slopes by h."""
+    if activation == ELU:
+        for m in range(len(h)):
+            d[m] = ONE if h[m] < ZERO else ZERO
+    elif activation == SOFTPLUS:
+        for m in range(len(h)):
+            d[m] = math.exp(-h[m])
+    elif activation == TANH:
+        for m in range(len(h)):
+            d[m] = -TWO * h[m]
+    elif activation == SIGMOID:
+        for m in range(len(h)):
+            d[m] = ONE - TWO * h[m]
+    else:
+        for m in range(len(h)):
+            d[m] = ZERO
+
+
+# ------------------------------------------------------------------ masked convolutions
+
+
+class Plan(NamedTuple):
+    """A masked convolution as tiles of outputs, and what each of them sees at each tap."""
+
+    tiles: np.ndarray[Any, Any]  # (tiles, 4): first output, outputs, first tap, end of the taps
+    taps: np.ndarray[Any, Any]  # (taps, 5): dy, dx, inputs from and to, place of the weights
+    size: int  # of all weights
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    units_out: int,
+    units_in: int,
+    colours: int,
+    kernel: int,
+    order: str,
+    triangle: str,
+    most: int = MOST,
+) -> Plan:
+    """Tiles of nearly equal size, of one colour, or of several where colours are small.
+
+    Args:
+        most: outputs of a tile.
+    """
+    if units_out > most:
+        parts = -(-units_out // most)
+        edges = [units_out * part // parts for part in range(parts)]
+        starts = [colour * units_out + edge for colour in range(colours) for edge in edges]
+    else:
+        # A tile of several colours multiplies what only some of them see.
+        together = min(most // units_out, max(1, colours // 8))
+        starts = [colour * units_out for colour in range(0, colours, together)]
+    tiles: list[tuple[int, ...]] = []
+    taps: list[tuple[int, ...]] = []
+    place = 0
+    offsets = range(-(kernel // 2), kernel // 2 + 1)
+    for start, stop in zip(starts, [*starts[1:], colours * units_out], strict=True):
+        first_tap, seen = len(taps), (start // units_out, (stop - 1) // units_out)
+        for dy in offsets:
+            for dx in offsets:
+                tap = dy * kernel + dx
+                low, high = seen_inputs(*seen, units_in, colours, tap, order, triangle)
+                if low < high:
+                    taps.append((dy, dx, low, high, place))
+                    place += (high - low) * (stop - start)
+        tiles.append((start, stop - start, first_tap, len(taps)))
+    return Plan(
+        np.array(tiles, dtype=np.int64),
+        np.array(taps, dtype=np.int64).reshape(-1, 5),
+        place,
+    )
+
+
+@compiled
+def fill(weight, tiles, taps, packed):
+    """Weights (outputs, inputs, k, k) in the order in which :func:`add_products` reads them."""
+    radius = weight.shape[2] // 2
+    for tile in range(len(tiles)):
+        first, rows = tiles[tile, 0], tiles[tile, 1]
+        for tap in range(tiles[tile, 2], tiles[tile, 3]):
+            y, x = taps[tap, 0] + radius, taps[tap, 1] + radius
+            place = taps[tap, 4]
+            for k in range(taps[tap, 2], taps[tap, 3]):
+                for m in range(rows):
+                    packed[place] = weight[first + m, k, y, x]
+                    place += 1
+
+
+@compiled
+def address(values, place):
+    """Of an element."""
+    return np.int64(values.ctypes.data) + values.itemsize * place
+
+
+@compiled
+def add_tile(add, conv, tile, source, y, row, line, margin, group, height, length, sums, table):
+    """Add a convolution to the sums of a tile, for row y of the images.
+
+    Args:
+        conv: tiles, taps and weights.
+        source: a canvas, flat.
+        row, line, margin: how far its rows and lines are apart, and where in a line pixels begin.
+        group: how far pixels are apart.
+        length: of a line of sums, whole vectors.
+        sums: flat, (outputs of the tile, length).
+        table: to write to.
+    """
+    tiles, taps, weights = conv
+    count = 0
+    for tap in range(tiles[tile, 2], tiles[tile, 3]):
+        dy, dx, low, high, place = taps[tap]
+        if 0 <= y + dy < height:
+            table[3 * count] = (y + dy) * row + low * line + margin + dx * group
+            table[3 * count + 1] = high - low
+            table[3 * count + 2] = place
+            count += 1
+    rows = tiles[tile, 1]
+    start = 0
+    while start < length:
+        left = (length - start) // VECTOR
+        vectors = 4 if left >= 4 and rows <= FEW else 2 if left >= 2 else 1
+        add(
+            rows, vectors, address(sums, start), length, address(weights, 0),
+            address(source, start), line, address(table, 0), count,
+        )  # fmt: skip
+        start += vectors * VECTOR
+
+
+# ------------------------------------------------------------------ a layer, for one group
+
+
+class Lines(NamedTuple):
+    """The lines of a canvas."""
+
+    height: int
+    width: int
+    group: int  # samples side by side
+    margin: int  # zeros before the pixels
+    pixels: int  # width * group
+    length: int  # the pixels and zeros up to whole vectors
+    line: int  # all of a line
+
+
+@compiled
+def set_all(values, value):
+    """As an assignment to a slice, which takes numba long to compile."""
+    for i in range(len(values)):
+        values[i] = value
+
+
+@compiled
+def put_images(images, start, canvas, lines):
+    """Write images (B, C, H, W) to a canvas of zeros; a group that is not full has zeros."""
+    for n in range(min(lines.group, len(images) - start)):
+        for c in range(images.shape[1]):
+            for y in range(lines.height):
+                place = (y * images.shape[1] + c) * lines.line + lines.margin + n
+                for x in range(lines.width):
+                    canvas[place + x * lines.group] = images[start + n, c, y, x]
+
+
+@compiled
+def put_line(values, canvas, place, lines):
+    """Write the pixels of a line and the zeros around them."""
+    set_all(canvas[place:][: lines.line], ZERO)
+    to = canvas[place + lines.margin :][: lines.pixels]
+    for i in range(len(to)):
+        to[i] = values[i]
+
+
+@compiled
+def slopes_of_row(activation, canvas, y, channels, lines, row):
+    """Slopes of a row of a hidden layer, to ``row`` (channels, length), flat."""
+    length = lines.length
+    for k in range(channels):
+        place = (y * channels + k) * lines.line + lines.margin
+        slopes(activation, canvas[place:][:length], row[k * length :][:length])
+
+
+@compiled
+def hidden_layer(
+    add, source, inputs, conv, bias, activation, target, before, centres, diagonal, lines
+):
+    """A hidden layer of a group, and, for the second, what the diagonal receives.
+
+    Args:
+        source, inputs: a canvas, flat, and its channels.
+        target: the canvas of the hidden layer.
+        before: the first hidden layer, which gives the second's share of the diagonal; else empty.
+        centres: a convolution by the joined centre weights.
+        diagonal: (H, C, length) flat, to add to.
+    """
+    tiles = conv[0]
+    outputs = len(bias)
+    length, line = lines.length, lines.line
+    table = np.empty(3 * (len(conv[1]) + 1), np.int64)
+    size = MOST * length
+    sums, through = np.empty(size, np.float32), np.empty(size, np.float32)
+    h, s = np.empty(size, np.float32), np.empty(size, np.float32)
+    bits = h.view(np.int32)
+    with_diagonal = len(before) > 0
+    row = np.empty(outputs * length if with_diagonal else 0, np.float32)
+    units = outputs // (len(diagonal) // (lines.height * length)) if with_diagonal else 1
+    for y in range(lines.height):
+        if with_diagonal:
+            slopes_of_row(activation, before, y, outputs, lines, row)
+        for tile in range(len(tiles)):
+            first, rows = tiles[tile, 0], tiles[tile, 1]
+            for m in range(rows):
+                set_all(sums[m * length :][:length], bias[first + m])
+            add_tile(
+                add, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
+                lines.height, length, sums, table,
+            )  # fmt: skip
+            bend(activation, sums[: rows * length], h[: rows * length], bits[: rows * length])
+            for m in range(rows):
+                place = (y * outputs + first + m) * line
+                put_line(h[m * length :], target, place, lines)
+            if with_diagonal:
+                set_all(through[: rows * length], ZERO)
+                add_tile(add, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
+                slopes(activation, h[: rows * length], s[: rows * length])
+                for m in range(rows):
+                    place = (y * (outputs // units) + (first + m) // units) * length
+                    to = diagonal[place : place + length]
+                    ours, theirs = s[m * length :][:length], through[m * length :][:length]
+                    for i in range(length):
+                        to[i] += ours[i] * theirs[i]
+
+
+@compiled
+def output_layer(add, source, inputs, conv, bias, factor, images, start, results, lines):
+    """A convolution of a canvas, plus bias, plus factor times the images, (B, C, H, W)."""
+    tiles = conv[0]
+    length = lines.length
+    table = np.empty(3 * (len(conv[1]) + 1), np.int64)
+    sums = np.empty(MOST * length, np.float32)
+    samples = min(lines.group, len(results) - start)
+    for y in range(lines.height):
+        for tile in range(len(tiles)):
+            first, rows = tiles[tile, 0], tiles[tile, 1]
+            for m in range(rows):
+                set_all(sums[m * length :][:length], bias[first + m])
+            add_tile(
+                add, conv, tile, source, y, inputs * lines.line, lines.line, lines.margin,
+                lines.group, lines.height, length, sums, table,
+            )  # fmt: skip
+            for m in range(rows):
+                c = first + m
+                for n in range(samples):
+                    for x in range(lines.width):
+                        results[start + n, c, y, x] = (
+                            sums[m * length + x * lines.group + n]
+                            + factor[c, y, x] * images[start + n, c, y, x]
+                        )
+
+
+@compiled
+def forward_groups(add, groups, x, t, convs, biases, centres, activation, kept, y, diagonal, lines):
+    """The layer for some groups.
+
+    Args:
+        convs: three, each tiles, taps and weights.
+        kept: canvases (groups, ...) of both hidden layers, or of one group, to be used by all.
+        diagonal: (B, C, H, W) to write to, or empty.
+    """
+    colours, hidden = x.shape[1], len(biases[0])
+    first, second = kept
+    nothing = np.empty(0, np.float32)
+    for g in groups:
+        start = g * lines.group
+        canvas = np.zeros(lines.height * colours * lines.line, np.float32)
+        put_images(x, start, canvas, lines)
+        h1, h2 = first[g % len(first)], second[g % len(second)]
+        hidden_layer(
+            add,
+            canvas,
+            colours,
+            convs[0],
+            biases[0],
+            activation,
+            h1,
+            nothing,
+            centres,
+            nothing,
+            lines,
+        )
+        sums = np.zeros(lines.height * colours * lines.length if diagonal.size else 0, np.float32)
+        before = h1 if diagonal.size else nothing
+        hidden_layer(
+            add, h1, hidden, convs[1], biases[1], activation, h2, before, centres, sums, lines
+        )
+        output_layer(add, h2, hidden, convs[2], biases[2], t, x, start, y, lines)
+        if diagonal.size:
+            for n in range(min(lines.group, len(x) - start)):
+                for c in range(colours):
+                    for i in range(lines.height):
+                        place = (i * colours + c) * lines.length + n
+                        for j in range(lines.width):
+                            diagonal[start + n, c, i, j] = (
+                                t[c, i, j] + sums[place + j * lines.group]
+                            )
+
+
+@summing
+def sum_of(values):
+    total = ZERO
+    for value in values:
+        total += value
+    return total
+
+
+@compiled
+def hidden_gradient(
+    add,
+    source,
+    inputs,
+    conv,
+    own,
+    other,
+    centres,
+    by_diagonal,
+    activation,
+    target,
+    by_bias,
+    lines,
+):
+    """The gradient by a hidden layer's pre-activations: ``s (r + g v s')``.
+
+    Args:
+        source, inputs: the canvas that the gradient comes from, and its channels.
+        conv: the transposed one, of r.
+        own, other: canvases of this hidden layer, and of the one whose slopes give v.
+        by_diagonal: g, (H, C, length) flat.
+        target, by_bias: to write and to add to.
+    """
+    tiles = conv[0]
+    outputs = len(by_bias)
+    length, line = lines.length, lines.line
+    table = np.empty(3 * (len(conv[1]) + 1), np.int64)
+    size = MOST * length
+    sums, through = np.empty(size, np.float32), np.empty(size, np.float32)
+    s, d = np.empty(length, np.float32), np.empty(length, np.float32)
+    row = np.empty(outputs * length, np.float32)
+    colours = len(by_diagonal) // (lines.height * length)
+    units = outputs // colours
+    for y in range(lines.height):
+        slopes_of_row(activation, other, y, outputs, lines, row)
+        for tile in range(len(tiles)):
+            first, rows = tiles[tile, 0], tiles[tile, 1]
+            set_all(sums[: rows * length], ZERO)
+            add_tile(
+                add, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
+                lines.height, length, sums, table,
+            )  # fmt: skip
+            set_all(through[: rows * length], ZERO)
+            add_tile(add, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
+            for m in range(rows):
+                place = (y * outputs + first + m) * line
+                h = own[place + lines.margin :][:length]
+                slopes(activation, h, s)
+                slope_derivatives(activation, h, d)
+                place_of_colour = (y * colours + (first + m) // units) * length
+                g = by_diagonal[place_of_colour:][:length]
+                r, v = sums[m * length :][:length], through[m * length :][:length]
+                for i in range(length):
+                    r[i] = s[i] * (r[i] + g[i] * v[i] * d[i])
+                by_bias[first + m] += sum_of(r[: lines.pixels])
+                put_line(r, target, place, lines)
+
+
+@compiled
+def add_weight_gradient(
+    dot, tiles, taps, left, outputs, line_left, margin_left, right, inputs, line_right,
+    margin_right, top, bottom, lines, by_weight,
+):  # fmt: skip
+    """Add the products of gradients by outputs with inputs, for some rows of both canvases.
+
+    Args:
+        tiles, taps: a plan with tiles of at most OUTPUTS.
+        by_weight: (outputs, inputs, k, k).
+    """
+    radius = by_weight.shape[2] // 2
+    sums = np.empty(OUTPUTS * INPUTS + VECTOR, np.float32)
+    vectors = lines.length // VECTOR
+    for tile in range(len(tiles)):
+        first, rows = tiles[tile, 0], tiles[tile, 1]
+        for tap in range(tiles[tile, 2], tiles[tile, 3]):
+            dy, dx, low, high = taps[tap, 0], taps[tap, 1], taps[tap, 2], taps[tap, 3]
+            y = max(top, -dy)
+            count = min(bottom, lines.height - dy) - y
+            if count <= 0:
+                continue
+            first_left = (y * outputs + first) * line_left + margin_left
+            parts = -(-(high - low) // INPUTS)
+            for part in range(parts):
+                k, stop = (
+                    low + (high - low) * part // parts,
+                    low + (high - low) * (part + 1) // parts,
+                )
+                first_right = ((y + dy) * inputs + k) * line_right + margin_right + dx * lines.group
+                dot(
+                    rows, stop - k, address(sums, 0), address(left, first_left), line_left,
+                    outputs * line_left, address(right, first_right), line_right,
+                    inputs * line_right, count, vectors,
+                )  # fmt: skip
+                for m in range(rows):
+                    for n in range(stop - k):
+                        by_weight[first + m, k + n, dy + radius, dx + radius] += sums[
+                            m * (stop - k) + n
+                        ]
+
+
+@compiled
+def add_centre_gradient(
+    dot, tiles, taps, h1, h2, by_diagonal, activation, hidden, by_centres, top, bottom, lines
+):
+    """Add the gradient by the joined centres: products of both hidden layers' slopes."""
+    length = lines.length
+    rows = bottom - top
+    units = hidden // (len(by_diagonal) // (lines.height * length))
+    left = np.empty(rows * hidden * length, np.float32)
+    right = np.empty(rows * hidden * length, np.float32)
+    for y in range(rows):
+        these = slice(y * hidden * length, (y + 1) * hidden * length)
+        slopes_of_row(activation, h1, top + y, hidden, lines, right[these])
+        slopes_of_row(activation, h2, top + y, hidden, lines, left[these])
+        for k in range(hidden):
+            line = left[(y * hidden + k) * length :][:length]
+            g = by_diagonal[((top + y) * (hidden // units) + k // units) * length :][:length]
+            for i in range(length):
+                line[i] *= g[i]
+    add_weight_gradient(
+                dot, tiles, taps, left, hidden, length, 0, right, hidden, length, 0,
+        0, rows, Lines(rows, lines.width, 0, 0, lines.pixels, length, length), by_centres,
+    )  # fmt: skip
+
+
+@compiled
+def backward_groups(
+    add, dot, groups, x, t, kept, by_y, by_diagonal, convs, centres, plans, activation, by_x,
+    by_biases, by_weights, lines,
+):  # fmt: skip
+    """The gradients of some groups, those by weights and biases added up.
+
+    Args:
+        convs: the transposed ones, of the last convolution, the middle and the first.
+        centres: joined, for the second hidden layer and, transposed, for the first.
+        plans: tiles and taps of the gradients by the weights of three convolutions and by the
+            centres.
+        by_x: (B, C, H, W) to write to.
+        by_biases: of both hidden layers, to add to.
+        by_weights: four, (outputs, inputs, k, k), to add to; empty if they are not wanted.
+    """
+    colours, hidden = x.shape[1], len(by_biases[0])
+    height, length, line = lines.height, lines.length, lines.line
+    by_a2 = np.empty(height * hidden * line, np.float32)
+    by_a1 = np.empty(height * hidden * line, np.float32)
+    bias = np.zeros(colours, np.float32)
+    for g in groups:
+        start = g * lines.group
+        h1, h2 = kept[0][g], kept[1][g]
+        upstream = np.zeros(height * colours * line, np.float32)
+        put_images(by_y, start, upstream, lines)
+        to_diagonal = np.zeros(height * colours * length, np.float32)
+        bare = Lines(height, lines.width, lines.group, 0, lines.pixels, length, length)
+        put_images(by_diagonal, start, to_diagonal, bare)
+        hidden_gradient(
+            add, upstream, colours, convs[0], h2, h1, centres[0], to_diagonal, activation,
+            by_a2, by_biases[1], lines,
+        )  # fmt: skip
+        hidden_gradient(
+            add, by_a2, hidden, convs[1], h1, h2, centres[1], to_diagonal, activation, by_a1,
+            by_biases[0], lines,
+        )  # fmt: skip
+        output_layer(add, by_a1, hidden, convs[2], bias, t, by_y, start, by_x, lines)
+        if not by_weights[0].size:
+            continue
+        canvas = np.zeros(height * colours * line, np.float32)
+        put_images(x, start, canvas, lines)
+        span = max(1, SPAN // length)
+        for top in range(0, height, span):
+            bottom = min(height, top + span)
+            for plan, left, outputs, right, inputs, by_weight in (
+                (plans[0], by_a1, hidden, canvas, colours, by_weights[0]),
+                (plans[1], by_a2, hidden, h1, hidden, by_weights[1]),
+                (plans[2], upstream, colours, h2, hidden, by_weights[2]),
+            ):
+                add_weight_gradient(
+                dot, plan[0], plan[1], left, outputs, line, lines.margin, right, inputs, line,
+                    lines.margin, top, bottom, lines, by_weight,
+                )  # fmt: skip
+            add_centre_gradient(
+                dot, plans[3][0], plans[3][1], h1, h2, to_diagonal, activation, hidden,
+                by_weights[3], top, bottom, lines,
+            )  # fmt: skip

@@ -1,0 +1,435 @@
+"""The Mint layer and its gradient on a CPU, in float32, in torch's terms.
+
+The arithmetic is that of :mod:`.canvas_cpu`. Here weights are packed for it, groups of samples are
+shared among threads, and the whole becomes two operators with a gradient.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mintnet_triton.kernels import reference
+from mintnet_triton.kernels._library import opposite, register
+from mintnet_triton.kernels.activation import NAMES, find_activation
+from mintnet_triton.kernels.canvas_cpu import (
+    Lines,
+    backward_groups,
+    fill,
+    forward_groups,
+    plan,
+)
+from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.threads_cpu import share
+from mintnet_triton.kernels.tiles_cpu import OUTPUTS, VECTOR, add_products, sum_of_products
+
+Array = np.ndarray[Any, Any]
+
+#: most pixels of a line, all samples side by side, unless one image has more
+LINE = 64
+
+
+def lines_of(shape: torch.Size, radius: int, threads: int) -> Lines:
+    """As many samples side by side as leave every thread the least to do."""
+    batch, _, height, width = shape
+    most = max(1, min(LINE // width, ceil_divide(batch, threads)))
+
+    def cost(group: int) -> tuple[int, int]:
+        rounds = ceil_divide(ceil_divide(batch, group), threads)
+        return rounds * _lines(height, width, group, radius).length, -group
+
+    return _lines(height, width, min(range(1, most + 1), key=cost), radius)
+
+
+def _lines(height: int, width: int, group: int, radius: int) -> Lines:
+    pixels, margin = width * group, max(1, radius) * group  # so that the length tells the group
+    length = ceil_divide(pixels, VECTOR) * VECTOR
+    return Lines(height, width, group, margin, pixels, length, length + 2 * margin)
+
+
+def _lines_of_kept(kept: Tensor, width: int, radius: int) -> Lines:
+    """The lines of canvases (groups, height, channels, line), which the forward pass has kept."""
+    group = next(n for n in range(1, LINE + 1) if _lines(1, width, n, radius).line == kept.shape[3])
+    return _lines(kept.shape[1], width, group, radius)
+
+
+def _shares(groups: int) -> list[Array]:
+    """The groups of each thread."""
+    threads = min(torch.get_num_threads(), groups)
+    return [np.arange(thread, groups, threads) for thread in range(threads)]
+
+
+def ceil_divide(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+class Structure(NamedTuple):
+    """What a layer is, beside its weights."""
+
+    order: str
+    triangle: str
+    activation: str
+
+
+Conv = tuple[Array, Array, Array]  # tiles and taps of a plan, and weights in their order
+
+
+class Packed(NamedTuple):
+    """Weights in the order in which they are read."""
+
+    convs: tuple[Conv, Conv, Conv]
+    biases: tuple[Array, Array, Array]
+    centres: Conv
+    t: Array
+    radius: int  # of the largest kernel
+
+
+def _pack(weight: Array, colours: int, order: str, triangle: str) -> Conv:
+    outputs, inputs, kernel, _ = weight.shape
+    found = plan(outputs // colours, inputs // colours, colours, kernel, order, triangle)
+    packed = np.empty(found.size, np.float32)
+    fill(weight, found.tiles, found.taps, packed)
+    return found.tiles, found.taps, packed
+
+
+def _pack_transposed(weight: Array, colours: int, order: str, triangle: str) -> Conv:
+    """Of the transposed convolution, which has the opposite triangle."""
+    turned = weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+    return _pack(turned, colours, order, opposite(triangle))
+
+
+def _centres(weights: Sequence[Array]) -> list[Array]:
+    """The diagonals D1 (C, K), D2 (C, K, K) and D3 (C, K) of three weights; copies."""
+    colours = len(weights[2])
+    own = np.arange(colours)
+    blocks = []
+    for weight in weights:
+        outputs, inputs, kernel, _ = weight.shape
+        middle = weight[..., kernel // 2, kernel // 2]
+        middle = middle.reshape(colours, outputs // colours, colours, inputs // colours)
+        blocks.append(middle[own, :, own])  # (C, outputs, inputs)
+    return [blocks[0][:, :, 0], blocks[1], blocks[2][:, 0]]
+
+
+def join_centres(weights: Sequence[Array]) -> Array:
+    """As :func:`.reference.join_centres`."""
+    centre1, centre2, centre3 = _centres(weights)
+    joined: Array = centre3[:, :, None] * centre2 * centre1[:, None, :]
+    return joined
+
+
+def _add_gradient_by_centres(
+    by_joined: Array, weights: Sequence[Array], by_weights: Sequence[Array]
+) -> None:
+    """Add the gradient by the joined centres to those by the weights that they are made of."""
+    centre1, centre2, centre3 = _centres(weights)
+    by_centre2 = by_joined * centre3[:, :, None] * centre1[:, None, :]
+    by_centre1 = (by_joined * centre3[:, :, None] * centre2).sum(1)
+    by_centre3 = (by_joined * centre2 * centre1[:, None, :]).sum(2)
+    colours, units = centre1.shape
+    for weight, gradient, outputs, inputs in (
+        (by_weights[0], by_centre1, units, 1),
+        (by_weights[1], by_centre2, units, units),
+        (by_weights[2], by_centre3, 1, units),
+    ):
+        middle = weight.shape[-1] // 2
+        for c in range(colours):
+            rows, columns = (
+                slice(c * outputs, (c + 1) * outputs),
+                slice(c * inputs, (c + 1) * inputs),
+            )
+            weight[rows, columns, middle, middle] += gradient[c].reshape(outputs, inputs)
+
+
+def _pack_centres(centres: Array) -> Conv:
+    """Joined centres (C, K, K), each for its own colour."""
+    colours, units, _ = centres.shape
+    dense = np.zeros((colours, units, colours, units), np.float32)
+    own = np.arange(colours)
+    dense[own, :, own] = centres
+    return _pack(dense.reshape(colours * units, -1, 1, 1), colours, "own", "lower")
+
+
+def pack_layer(parts: Sequence[Tensor], order: str, triangle: str) -> Packed:
+    """Pack three weights and biases, one after the other, and t."""
+    arrays = [part.detach().contiguous().numpy() for part in parts]
+    weights, biases, t = arrays[:6:2], arrays[1:6:2], arrays[6]
+    first, second, third = (_pack(weight, len(t), order, triangle) for weight in weights)
+    return Packed(
+        (first, second, third),
+        (biases[0], biases[1], biases[2]),
+        _pack_centres(join_centres(weights)),
+        t,
+        _radius(weights),
+    )
+
+
+def _radius(weights: Sequence[Any]) -> int:
+    """Of the largest kernel."""
+    return max(int(weight.shape[-1]) for weight in weights) // 2
+
+
+def run_forward(
+    x: Tensor, packed: Packed, activation: str, diagonal: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the diagonal, and canvases of both hidden layers; what is not wanted is empty."""
+    x = x.contiguous()
+    lines = lines_of(x.shape, packed.radius, torch.get_num_threads())
+    y, to_diagonal, h1, h2 = _results(x, len(packed.biases[0]), lines, diagonal, keep)
+    groups = ceil_divide(len(x), lines.group)
+
+    def work(some: Array) -> None:
+        canvas = (lines.height, len(packed.biases[0]), lines.line)
+        kept = (h1, h2) if keep else (x.new_empty(1, *canvas), x.new_empty(1, *canvas))
+        forward_groups(
+            add_products, some, x.numpy(), packed.t, packed.convs, packed.biases, packed.centres,
+            NAMES.index(activation), tuple(one.flatten(1).numpy() for one in kept), y.numpy(),
+            to_diagonal.numpy(), lines,
+        )  # fmt: skip
+
+    share(_shares(groups), work)
+    return y, to_diagonal, h1, h2
+
+
+def _results(
+    x: Tensor, hidden: int, lines: Lines, diagonal: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = ceil_divide(len(x), lines.group) if keep else 0
+    canvases = (groups, lines.height, hidden, lines.line)
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(x, memory_format=contiguous),
+        torch.empty_like(x if diagonal else x[:0], memory_format=contiguous),
+        x.new_empty(canvases),
+        x.new_empty(canvases),
+    )
+
+
+def _layer(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    t: Tensor,
+    order: str,
+    triangle: str,
+    activation: str,
+    diagonal: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
+    packed = pack_layer(parts, order, triangle)
+    return run_forward(x.detach(), packed, activation, diagonal, keep)
+
+
+def _layer_fake(x: Tensor, *parts_and_structure: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights, (diagonal, keep) = parts_and_structure[:6:2], parts_and_structure[-2:]
+    lines = lines_of(x.shape, _radius(weights), torch.get_num_threads())
+    return _results(x, len(weights[0]), lines, diagonal, keep)
+
+
+def _backward(
+    x: Tensor,
+    h1: Tensor,
+    h2: Tensor,
+    by_y: Tensor,
+    by_diagonal: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    weight3: Tensor,
+    t: Tensor,
+    order: str,
+    triangle: str,
+    activation: str,
+    by_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parts = (weight1, weight2, weight3, t, x, by_y, by_diagonal)
+    *weights, positive, inputs, upstream, to_diagonal = (
+        part.detach().contiguous().numpy() for part in parts
+    )
+    colours, hidden = len(positive), len(weight2)
+    units = hidden // colours
+    lines = _lines_of_kept(h1, x.shape[3], _radius(weights))
+    convs = tuple(_pack_transposed(one, colours, order, triangle) for one in reversed(weights))
+    joined = join_centres(weights)
+    both = _pack_centres(joined), _pack_centres(joined.swapaxes(1, 2))
+    plans = tuple(
+        plan(outputs, inputs, colours, kernel, of, triangle, OUTPUTS)[:2]
+        for outputs, inputs, kernel, of in (
+            (units, 1, weight1.shape[-1], order),
+            (units, units, weight2.shape[-1], order),
+            (1, units, weight3.shape[-1], order),
+            (units, units, 1, "own"),
+        )
+    )
+    shares = _shares(len(h1))
+    threads = max(1, len(shares))
+    shapes = (*(one.shape for one in weights), (hidden, hidden, 1, 1))
+    sums = [np.zeros((threads, *shape) if by_weights else (threads, 0, 0, 0, 0), np.float32)
+            for shape in shapes]  # fmt: skip
+    biases = np.zeros((threads, 2, hidden), np.float32)
+    by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kept = h1.flatten(1).numpy(), h2.flatten(1).numpy()
+
+    def work(part: tuple[int, Array]) -> None:
+        thread, some = part
+        backward_groups(
+            add_products, sum_of_products, some, inputs, positive, kept, upstream, to_diagonal,
+            convs, both, plans, NAMES.index(activation), by_x.numpy(), tuple(biases[thread]),
+            tuple(one[thread] for one in sums), lines,
+        )  # fmt: skip
+
+    share(enumerate(shares), work)
+    by_biases, *totals = (_total(one) for one in (biases, *sums))
+    if by_weights:
+        own = np.arange(colours)
+        by_joined = totals.pop().reshape(colours, units, colours, units)[own, :, own]
+        _add_gradient_by_centres(by_joined, weights, totals)
+    gradients = [torch.from_numpy(one) for one in (*by_biases.copy(), *totals[:3])]
+    return by_x, gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]
+
+
+def _total(sums: Array) -> Array:
+    """The sum over threads, in place. Not by torch, whose threads would have to wake up."""
+    for one in sums[1:]:
+        sums[0] += one
+    first: Array = sums[0]
+    return first
+
+
+def _backward_fake(
+    x: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor, by_diagonal: Tensor, weight1: Tensor,
+    weight2: Tensor, weight3: Tensor, t: Tensor, order: str, triangle: str,
+    activation: str, by_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    contiguous = torch.contiguous_format
+    by_x = torch.empty_like(x, memory_format=contiguous)
+    biases = x.new_empty(len(weight2)), x.new_empty(len(weight2))
+    weights = (
+        torch.empty_like(one, memory_format=contiguous) if by_weights else x.new_empty(0, 0, 0, 0)
+        for one in (weight1, weight2, weight3)
+    )
+    first, second, third = weights
+    return by_x, *biases, first, second, third
+
+
+layer_op = register(
+    "mint_layer_cpu(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+    "Tensor weight3, Tensor bias3, Tensor t, str order, str triangle, "
+    "str activation, bool diagonal, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    _layer,
+    _layer_fake,
+    devices=("CPU",),
+)
+backward_op = register(
+    "mint_layer_cpu_backward(Tensor x, Tensor h1, Tensor h2, Tensor by_y, Tensor by_diagonal, "
+    "Tensor weight1, Tensor weight2, Tensor weight3, Tensor t, str order, "
+    "str triangle, str activation, bool by_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    devices=("CPU",),
+)
+
+
+class _MintLayer(torch.autograd.Function):
+    """Saves x and both hidden layers, or x alone. Differentiated again, it is plain PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+        weight3: Tensor, bias3: Tensor, t: Tensor, order: str, triangle: str,
+        activation: str, diagonal: bool, recompute: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
+        ctx.structure, ctx.diagonal, ctx.recompute = (
+            Structure(order, triangle, activation),
+            diagonal,
+            recompute,
+        )
+        y, to_diagonal, h1, h2 = layer_op(x, *parts, *ctx.structure, diagonal, not recompute)
+        ctx.save_for_backward(x, *parts, *(() if recompute else (h1, h2)))
+        return y, to_diagonal
+
+    @staticmethod
+    def backward(ctx: Any, by_y: Tensor, by_diagonal: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parts = ctx.saved_tensors[:8]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (*_plain_gradients(ctx, x, parts, by_y, by_diagonal), *[None] * 5)
+        weight1, _, weight2, _, weight3, _, t = parts
+        if ctx.recompute:
+            _, _, h1, h2 = layer_op(x, *parts, *ctx.structure, False, True)
+        else:
+            h1, h2 = ctx.saved_tensors[8:]
+        if not ctx.diagonal:
+            by_diagonal = torch.zeros_like(by_y)
+        by_weights = any(ctx.needs_input_grad[1:7])
+        by_x, by_bias1, by_bias2, by_weight1, by_weight2, by_weight3 = backward_op(
+            x, h1, h2, by_y, by_diagonal, weight1, weight2, weight3, t, *ctx.structure,
+            by_weights,
+        )  # fmt: skip
+        gradients: list[Tensor | None] = [by_x] + [None] * 12
+        if by_weights:
+            by_bias3 = by_y.sum((0, 2, 3))
+            gradients[1:7] = [
+                by_weight1, by_bias1, by_weight2, by_bias2, by_weight3, by_bias3
+            ]  # fmt: skip
+        if ctx.needs_input_grad[7]:
+            gradients[7] = (by_y * x + by_diagonal).sum(0)
+        return tuple(gradients)
+
+
+def _plain_gradients(
+    ctx: Any, x: Tensor, parts: Sequence[Tensor], by_y: Tensor, by_diagonal: Tensor
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: of the same layer, computed by plain PyTorch."""
+    order, triangle, activation = ctx.structure
+    inputs = [x, *parts]
+    weights = reference.with_centres(*parts)
+    function = find_activation(activation)
+    results = reference.mint_forward(x, weights, function, order, triangle)
+    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    outputs = 2 if ctx.diagonal else 1
+    found = iter(
+        torch.autograd.grad(
+            results[:outputs], wanted, (by_y, by_diagonal)[:outputs], create_graph=True,
+            allow_unused=True,
+        )
+    )  # fmt: skip
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[: len(inputs)]]
+
+
+def packed_forward(
+    x: Tensor, packed: Packed, activation: str, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
+    y, to_diagonal, _, _ = run_forward(x.detach(), packed, activation, diagonal, keep=False)
+    return y, to_diagonal
+
+
+def mint_forward(
+    x: Tensor,
+    weights: MintWeights,
+    structure: Structure,
+    diagonal: bool = True,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`.reference.mint_forward`, of float32 tensors, for this package's activations.
+
+    Args:
+        diagonal: whether it is wanted; else it is empty.
+        recompute: keep x alone for the backward pass, and compute the hidden layers again there.
+    """
+    parts = (*weights[:6], weights.t)
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *parts)):
+        results = _MintLayer.apply(  # type: ignore[no-untyped-call]
+            x, *parts, *structure, diagonal, recompute
+        )
+        return cast(tuple[Tensor, Tensor], results)
+    y, to_diagonal, _, _ = layer_op(x, *parts, *structure, diagonal, False)
+    return y, to_diagonal

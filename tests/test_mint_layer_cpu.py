@@ -1,0 +1,287 @@
+"""The layer as numba compiles it: against the same layer in float64, in plain PyTorch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mintnet_triton as mint
+from mintnet_triton import MintLayer, use_backend
+from mintnet_triton.kernels import threads_cpu, work
+from mintnet_triton.kernels.activation import NAMES
+from tests import grid
+
+pytest.importorskip("numba")
+from mintnet_triton.kernels import mint_layer_cpu
+from mintnet_triton.kernels.canvas_cpu import plan
+
+TOLERANCE = 2e-5  # relative, root mean square: a kink may be on either side of a rounded number
+
+
+def make_layer(
+    colours: int = 3, size: Any = (5, 6), hidden: int = 5, seed: int = 0, **arguments: Any
+) -> MintLayer:
+    """Far from the identity, with positive and negative t."""
+    torch.manual_seed(seed)
+    layer = MintLayer(colours, size, hidden, initialisation="classifier", **arguments)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+        layer.t.uniform_(0.3, 2).mul_(torch.randn_like(layer.t).sign())
+    return layer
+
+
+def gradients(layer: MintLayer, x: Tensor, upstream: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Results and gradients by name."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y, log_det = layer(x)
+    torch.autograd.backward((y, log_det), upstream)
+    named = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    found = {"y": y, "log_det": log_det, "x": x.grad, **named}
+    return {name: value.detach() for name, value in found.items() if value is not None}
+
+
+def assert_close(computed: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert computed.keys() == expected.keys()
+    for name, value in computed.items():
+        error = (value.double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
+        assert error < TOLERANCE, f"{name}: {error:.1e}"
+
+
+def compare(layer: MintLayer, x: Tensor) -> None:
+    """Everything that a training step computes, with what float64 gives."""
+    upstream = torch.randn_like(x), torch.randn(len(x))
+    computed = gradients(layer, x, upstream)
+    with use_backend("torch"):
+        expected = gradients(
+            layer.double(), x.double(), (upstream[0].double(), upstream[1].double())
+        )
+    assert_close(computed, expected)
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls of the compiled layer: a test of anything else would prove nothing."""
+    calls: list[int] = []
+    run = mint_layer_cpu.run_forward
+
+    def counting(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(len(x))
+        return run(x, *arguments, **keywords)
+
+    monkeypatch.setattr(mint_layer_cpu, "run_forward", counting)
+    return calls
+
+
+@grid.over(
+    lambda case: True,
+    main=["colours", "hidden", "order", "triangle"],
+    colours=[1, 3, 4, 12, 48],
+    hidden=[1, 2, 5, 21, 45],
+    order=["channel", "pixel"],
+    triangle=["lower", "upper"],
+    kernel_size=[3, 1, (1, 3, 5), (5, 3, 1)],
+    size=[(5, 6), (1, 7), (8, 1), (2, 2)],
+    batch=[3, 1, 7],
+    activation=["elu", *NAMES],
+)
+def test_layer_and_gradients(case: dict[str, Any], compiled: list[int]) -> None:
+    arguments = {name: case[name] for name in ("order", "triangle", "kernel_size", "activation")}
+    layer = make_layer(case["colours"], case["size"], case["hidden"], **arguments)
+    torch.manual_seed(1)
+    compare(layer, torch.randn(case["batch"], case["colours"], *case["size"]))
+    assert compiled
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5, 8, 17])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_samples_are_independent(batch: int, threads: int, compiled: list[int]) -> None:
+    layer = make_layer(size=(4, 3))
+    x = torch.randn(batch, 3, 4, 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            y, log_det = layer(x)
+            alone = [layer(one.unsqueeze(0).repeat(2, 1, 1, 1)) for one in x]
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(y, torch.cat([one[0][:1] for one in alone]), rtol=0, atol=0)
+    torch.testing.assert_close(log_det, torch.cat([one[1][:1] for one in alone]))
+    assert compiled
+
+
+def test_variables_that_are_not_seen_do_not_matter() -> None:
+    layer = make_layer(2, (4, 4), 9)
+    weights = layer.effective_weights()
+    x = torch.randn(2, 2, 4, 4)
+    later = torch.zeros_like(x, dtype=torch.bool)
+    later[:, 0, 2, 2:] = later[:, 0, 3] = later[:, 1] = True
+    structure = mint_layer_cpu.Structure("channel", "lower", "elu")
+    with torch.no_grad():
+        results = [
+            mint_layer_cpu.mint_forward(x.masked_fill(later, value), weights, structure)
+            for value in (0.0, float("nan"))
+        ]
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean[~later], poisoned[~later])
+        assert poisoned[later].isnan().any()
+
+
+def test_memory_that_is_not_cleared_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies around the lines of a canvas is written before it is read."""
+    empty = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan"))
+    )
+    compare(make_layer(size=(3, 5), kernel_size=(3, 5, 3)), torch.randn(5, 3, 3, 5))
+
+
+def test_recomputed_hidden_layers_are_the_same() -> None:
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    upstream = torch.randn_like(x), torch.randn(4)
+    kept = gradients(layer, x, upstream)
+    layer.recompute = True
+    again = gradients(layer, x, upstream)
+    for name, value in kept.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_frozen_weights_and_the_map_alone() -> None:
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(layer.transform(x), expected[0])
+        with mint.frozen(layer):
+            for _ in range(2):
+                for computed, value in zip(layer(x), expected, strict=True):
+                    assert torch.equal(computed, value)
+
+
+def test_gradient_of_the_map_alone() -> None:
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    upstream = torch.randn_like(x)
+    results = []
+    for dtype, name in ((torch.float32, "auto"), (torch.float64, "torch")):
+        own = x.clone().to(dtype).requires_grad_()
+        layer.to(dtype).zero_grad()
+        with use_backend(name):
+            y = layer.transform(own)
+        y.backward(upstream.to(dtype))
+        assert own.grad is not None
+        assert layer.conv2.weight.grad is not None
+        results.append({"x": own.grad, "weight": layer.conv2.weight.grad.clone()})
+    assert_close(results[0], results[1])
+
+
+def test_some_gradients_alone() -> None:
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    layer.requires_grad_(False)
+    own = x.clone().requires_grad_()
+    layer(own)[1].sum().backward()
+    layer.requires_grad_(True)
+    upstream = torch.zeros_like(x), torch.ones(4)
+    assert own.grad is not None
+    torch.testing.assert_close(own.grad, gradients(layer, x, upstream)["x"])
+    layer.zero_grad()
+    layer(x)[1].sum().backward()  # x needs none
+    assert layer.t.grad is not None
+
+
+def test_second_derivatives() -> None:
+    layer, x = make_layer(size=(3, 3), activation="tanh"), torch.randn(2, 3, 3, 3)
+    upstream = torch.randn_like(x), torch.randn(2)
+
+    def of_penalty(layer: MintLayer, x: Tensor, upstream: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        x = x.clone().requires_grad_()
+        layer.zero_grad()
+        first = torch.autograd.grad(layer(x), (x, layer.conv2.weight), upstream, create_graph=True)
+        sum(one.square().sum() for one in first).backward()  # type: ignore[union-attr]
+        named = dict(layer.named_parameters()) | {"x": x}
+        found = {name: one.grad for name, one in named.items() if one.grad is not None}
+        return {name: grad.clone() for name, grad in found.items() if grad.any()}
+
+    computed = of_penalty(layer, x, upstream)
+    with use_backend("torch"):
+        exact = tuple(one.double() for one in upstream)
+        assert_close(computed, of_penalty(layer.double(), x.double(), exact))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_transforms_and_autocast_take_the_plain_path(compiled: list[int]) -> None:
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    by_transform = torch.func.grad(lambda x: layer(x)[1].sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        _, tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)[1])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        layer(x)
+    assert not compiled
+    by_backward = gradients(layer, x, (torch.zeros_like(x), torch.ones(4)))["x"]
+    torch.testing.assert_close(by_transform, by_backward)
+    torch.testing.assert_close(tangent.sum(), by_backward.sum(), rtol=1e-4, atol=1e-4)
+    assert compiled
+
+
+def test_few_samples_for_many_threads_take_the_plain_path(
+    compiled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    with torch.no_grad():
+        make_layer()(torch.randn(2, 3, 5, 6))
+    assert not compiled
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_operators_are_well_formed_and_compile() -> None:
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    weights = layer.effective_weights()
+    parts = [part.detach() for part in (*weights[:6], weights.t)]
+    structure = ("channel", "lower", "elu")
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        mint_layer_cpu.layer_op, (x, *parts, *structure, True, True), test_utils=tests
+    )
+    _, diagonal, h1, h2 = mint_layer_cpu.layer_op(x, *parts, *structure, True, True)
+    for by_weights in (True, False):
+        arguments = (x, h1, h2, x, diagonal, *parts[:6:2], parts[6], *structure, by_weights)
+        torch.library.opcheck(mint_layer_cpu.backward_op, arguments, test_utils=tests)
+    upstream = torch.randn_like(x), torch.randn(4)
+    expected = gradients(layer, x, upstream)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    for name, value in gradients(layer, x, upstream).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_sharing_work(own_threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if own_threads:
+        monkeypatch.setattr(threads_cpu, "_openmp", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    done: list[int] = []
+    threads_cpu.share(range(10), done.append)
+    assert sorted(done) == list(range(10))
+
+    def fail(part: int) -> None:
+        raise ValueError(f"part {part}")
+
+    with pytest.raises(ValueError, match="part"):
+        threads_cpu.share(range(10), fail)
+    compare(make_layer(), torch.randn(4, 3, 5, 6))
+
+
+@pytest.mark.parametrize("triangle", ["lower", "upper"])
+@pytest.mark.parametrize("order", ["channel", "pixel"])
+@pytest.mark.parametrize(
+    ("colours", "units", "waste"), [(3, 85, 1.0), (12, 21, 1.0), (48, 5, 1.05), (16, 2, 1.1)]
+)
+def test_what_the_mask_hides_is_skipped(
+    colours: int, units: int, waste: float, order: str, triangle: str
+) -> None:
+    """Multiply-adds of one pixel, of those that the mask leaves."""
+    found = plan(units, units, colours, 3, order, triangle)
+    assert sum(found.tiles[:, 1]) == colours * units
+    exact = work.exact(units, units, colours, 3, order, triangle)
+    assert exact <= found.size <= waste * exact

@@ -30,7 +30,7 @@ from mintnet_triton.kernels.mint_layer import (
     run_hidden,
 )
 from mintnet_triton.kernels.weights import kernel_size
-from mintnet_triton.kernels.work import metadata
+from mintnet_triton.kernels.work import Declared
 
 #: iterations between two looks at the residuals by the host
 STRIDE = 8
@@ -38,7 +38,7 @@ STRIDE = 8
 
 @triton.jit(
     do_not_specialize=["samples"],
-    launch_metadata=metadata("update", units_in="units", units_out=1, own=False),
+    launch_metadata=Declared("update", units_in="units", units_out=1, own=False),
 )
 def update_kernel(
     x_next,  # (samples, colours, height, width), as x and z

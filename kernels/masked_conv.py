@@ -22,7 +22,7 @@ from mintnet_triton.kernels import _configs, _launch, ranges
 from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
 from mintnet_triton.kernels.triton_activation import activate, slope
 from mintnet_triton.kernels.weights import kernel_size, pack, pack_transposed, unpack
-from mintnet_triton.kernels.work import metadata
+from mintnet_triton.kernels.work import Declared
 
 seen_inputs, first_block = triton.jit(ranges.seen_inputs), triton.jit(ranges.first_block)
 
@@ -145,7 +145,7 @@ def add_conv(
 
 @triton.jit(
     do_not_specialize=["samples"],
-    launch_metadata=metadata("masked_conv", units_in="units_in", units_out="units_out", own=False),
+    launch_metadata=Declared("masked_conv", units_in="units_in", units_out="units_out", own=False),
 )
 def masked_conv_kernel(
     out,
@@ -243,7 +243,7 @@ def masked_conv_kernel(
 
 @triton.jit(
     do_not_specialize=["samples"],
-    launch_metadata=metadata(
+    launch_metadata=Declared(
         "weight_gradient", units_in="units_in", units_out="units_out", own=False
     ),
 )

@@ -41,7 +41,7 @@ from mintnet_triton.kernels.weights import (
     pack_centres,
     pack_transposed,
 )
-from mintnet_triton.kernels.work import metadata
+from mintnet_triton.kernels.work import Declared
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def add_own_slopes(
 
 @triton.jit(
     do_not_specialize=["samples"],
-    launch_metadata=metadata("middle", units_in="units", units_out="units", own=True),
+    launch_metadata=Declared("middle", units_in="units", units_out="units", own=True),
 )
 def middle_kernel(
     h2,
@@ -182,7 +182,7 @@ def collect_diagonal(
 
 @triton.jit(
     do_not_specialize=["samples"],
-    launch_metadata=metadata("output", units_in="units", units_out=1, own=False),
+    launch_metadata=Declared("output", units_in="units", units_out=1, own=False),
 )
 def output_kernel(
     y,  # (samples, colours, height, width)
@@ -268,7 +268,7 @@ def output_kernel(
 
 @triton.jit(
     do_not_specialize=["samples"],
-    launch_metadata=metadata("hidden_gradient", units_in="units_in", units_out="units", own=True),
+    launch_metadata=Declared("hidden_gradient", units_in="units_in", units_out="units", own=True),
 )
 def hidden_gradient_kernel(
     gradient,  # by this hidden layer before its activation, (pixels, stride)

@@ -99,7 +99,7 @@ def scheduled_of_gradient(
         first = start // units_out
         last = min((start + block_n - 1) // units_out, colours - 1)
         for place in range(-(kernel**2 // 2), kernel**2 // 2 + 1):
-            low, high = seen_inputs.fn(first, last, units_in, colours, place, order, triangle)
+            low, high = seen_inputs(first, last, units_in, colours, place, order, triangle)
             starts = range(0, inputs, block_k)
             tiles += sum(k < high and min(k + block_k, inputs) > low for k in starts)
     return tiles * block_n * block_k

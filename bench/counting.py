@@ -1,0 +1,220 @@
+"""What a piece of work does, counted: exact, without noise, and without a clock.
+
+On a CPU, what torch's dispatcher is asked for, forward and backward. What an operator does inside,
+its own buffers too, is not seen: this package's own operators declare their multiply-adds by
+:func:`torch.utils.flop_counter.register_flop_formula`, or are refused. Nor are other Python threads
+seen, so torch is told to use one.
+
+Of the Triton kernels, their launches, which are noted but not run.
+"""
+
+import gc
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mintnet_triton.kernels import _configs, _launch
+
+#: a count by its name; of everything, less is better
+Figures = dict[str, int]
+
+Work = Callable[[], object]
+
+aten = torch.ops.aten
+
+#: operators that give memory without writing to it
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+
+#: operators that write to their first argument without reading it
+OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}
+
+#: matrix products that torch has no formula for: multiply-adds, from arguments and result
+PRODUCTS: dict[Any, Callable[[Sequence[Any], Any], int]] = {
+    aten.dot: lambda arguments, _: arguments[0].numel(),
+    aten.vdot: lambda arguments, _: arguments[0].numel(),
+    aten.mv: lambda arguments, _: arguments[0].numel(),
+    aten.addmv: lambda arguments, _: arguments[1].numel(),
+    aten.addr: lambda _, result: result.numel(),
+    aten.addbmm: lambda arguments, _: arguments[1].numel() * arguments[2].shape[2],
+}
+
+
+class Counter(TorchDispatchMode):
+    """Counts what torch's operators do in this thread within the ``with`` block.
+
+    ``figures`` holds
+
+    - multiply-adds: of matrix products and convolutions, taps beyond the border of an image too;
+    - calls: of operators, views too;
+    - bytes: read and written by all operators; an element that is read over and over by
+      broadcasting counts once for each operator, and views move nothing;
+    - allocations, allocated bytes: of tensors' memory;
+    - peak bytes: the most that lived at once of what was allocated within the block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        names = (
+            "multiply-adds", "calls", "bytes", "allocations", "allocated bytes", "peak bytes",
+        )  # fmt: skip
+        self.figures: Figures = dict.fromkeys(names, 0)
+        self._living = 0
+        #: storages allocated within the block, by the address of their records
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.figures["calls"] += 1
+        self.figures["multiply-adds"] += _multiply_adds(func, args, kwargs, result)
+        self._follow(func, args, kwargs, result)
+        return result
+
+    def _follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Count what is read, written and allocated."""
+        declared = func._schema.arguments
+        given = dict(zip((one.name for one in declared), args, strict=False)) | kwargs
+        tensors = {one.name: _tensors(given.get(one.name)) for one in declared}
+        written = [one.name for one in declared if one.alias_info and one.alias_info.is_write]
+        unread = {one.name for one in declared if one.is_out}
+        if func.overloadpacket in OVERWRITING:
+            unread.add(declared[0].name)
+        before = {tensor.untyped_storage()._cdata for found in tensors.values() for tensor in found}
+        fresh = [one for one in _tensors(result) if one.untyped_storage()._cdata not in before]
+        for tensor in fresh:
+            self._allocate(tensor.untyped_storage())
+        if func.overloadpacket in EMPTY or not (fresh or written):  # the latter is a view
+            return
+        reads = [one for name, found in tensors.items() if name not in unread for one in found]
+        writes = fresh + [one for name in written for one in tensors[name]]
+        self.figures["bytes"] += sum(map(_extent, reads + writes))
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:  # of a result with several tensors in it
+            return
+        # It lives as long as the memory does, whatever views of it come and go.
+        self._storages[key] = weakref.ref(storage, partial(self._free, key, size))
+        self.figures["allocations"] += 1
+        self.figures["allocated bytes"] += size
+        self._living += size
+        self.figures["peak bytes"] = max(self.figures["peak bytes"], self._living)
+
+    def _free(self, key: int, size: int, _: object) -> None:
+        del self._storages[key]
+        self._living -= size
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes of the elements that differ in their place."""
+    if tensor.numel() == 0:
+        return 0
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, step in pairs if step) * tensor.element_size()
+
+
+def _multiply_adds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    packet = func.overloadpacket
+    if func.namespace == "aten":  # one that works in place, like addmm_, is counted as its twin
+        packet = getattr(aten, packet.__name__.removesuffix("_"), packet)
+    if packet in flop_registry:
+        flops: int = flop_registry[packet](*args, **kwargs, out_val=result)
+        return flops // 2
+    if packet in PRODUCTS:
+        return PRODUCTS[packet](args, result)
+    if func.namespace == "mintnet_triton":
+        raise ValueError(
+            f"operator {func} hides what it multiplies: give it a formula by "
+            "torch.utils.flop_counter.register_flop_formula"
+        )
+    return 0
+
+
+def count_operators(work: Work) -> Figures:
+    """What :class:`Counter` counts of some work, the second time that it is done.
+
+    The first time prepares what later calls need no more; under the counter, for Python too looks
+    operators up at their first call. Memory that only the garbage collector can free is not freed
+    meanwhile, so that the peak does not depend on when it runs.
+
+    Raises:
+        ValueError: an operator of this package has no formula for its multiply-adds.
+    """
+    threads, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(1)
+    try:
+        gc.disable()
+        for _ in range(2):
+            counter = Counter()
+            with counter:
+                work()
+        return counter.figures
+    finally:
+        torch.set_num_threads(threads)
+        if collecting:
+            gc.enable()
+
+
+@contextmanager
+def tiles_of(arch: str, operand: str) -> Iterator[None]:
+    """Within the block, kernels are launched with the tables of an architecture.
+
+    Args:
+        operand: one of :data:`_configs.OPERANDS`; of float32, it is the precision.
+    """
+    with (
+        patch.object(_configs, "architecture", lambda device: arch),
+        patch.object(_configs, "_tuned", dict),
+        patch.object(_launch, "default_precision", lambda: "tf32" if operand == "tf32" else "ieee"),
+    ):
+        yield
+
+
+def count_launches(work: Work) -> Figures:
+    """The launches of some work, and what the kernels declare of them, without running any.
+
+    For each kernel: launches; the multiply-adds that the mask leaves (exact) and that its tiles do
+    (scheduled); the bytes of its tensors. A kernel that declares nothing has launches alone.
+    """
+    figures: defaultdict[str, int] = defaultdict(int)
+
+    def note_launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        """In place of ``kernel[grid]``."""
+
+        def launch(*arguments: Any, **constants: Any) -> None:
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            figures[f"{name} launches"] += 1
+            # Triton's interpreter keeps it elsewhere than its compiler.
+            holder = kernel.__dict__ | kernel.__dict__.get("kwargs", {})
+            declared = holder.get("launch_metadata")
+            if declared is not None:
+                values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+                figures[f"{name} exact"] += declared.exact(values)
+                figures[f"{name} scheduled"] += declared.scheduled(grid, values)
+                figures[f"{name} bytes"] += declared(grid, None, values)["bytes"]
+
+        return launch
+
+    with patch.object(triton.runtime.jit.KernelInterface, "__getitem__", note_launch):
+        work()
+    return dict(figures)

@@ -107,7 +107,7 @@ class MintClassifier(nn.Module):
         """A classifier of the paper.
 
         Args:
-            name: "mnist" or "cifar10".
+            name: "mnist" or "cifar10"; "digits" for a small one, not the paper's.
             changes: constructor arguments to use instead of the preset's.
 
         Raises:

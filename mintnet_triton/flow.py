@@ -127,7 +127,8 @@ class MintNet(Chain):
         """A model of the paper.
 
         Args:
-            name: "mnist", "cifar10" or "imagenet32".
+            name: "mnist", "cifar10" or "imagenet32"; "digits", "mnist5k" or "patches" for small
+                ones, not the paper's.
             changes: constructor arguments to use instead of the preset's.
 
         Raises:
@@ -159,7 +160,7 @@ class MintNet(Chain):
         z: Tensor
         log_det: Tensor
         z, log_det = self(x)
-        return _standard_normal_log_prob(z) + log_det
+        return standard_normal_log_prob(z) + log_det
 
     @torch.no_grad()
     def sample(
@@ -200,7 +201,7 @@ class MintNet(Chain):
         """
         z = self._latents(n, generator, temperature)
         x, log_det = self.inverse(z, solver)
-        return x, _standard_normal_log_prob(z) - log_det
+        return x, standard_normal_log_prob(z) - log_det
 
     def _latents(self, n: int, generator: torch.Generator | None, temperature: float) -> Tensor:
         check_integer("n", n, least=0)
@@ -213,7 +214,7 @@ class MintNet(Chain):
         )
 
 
-def _standard_normal_log_prob(z: Tensor) -> Tensor:
+def standard_normal_log_prob(z: Tensor) -> Tensor:
     """Log-density of N(0, I) at z (B, ...), (B,)."""
     z = z.flatten(1).to(log_det_dtype(z))
     return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))

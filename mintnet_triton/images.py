@@ -93,9 +93,7 @@ class ImagePreprocess(nn.Module):
                     f"values from {least} to {most}"
                 )
         noise = torch.rand(images.shape, generator=generator, dtype=dtype, device=images.device)
-        pixels = images.to(dtype)
-        below = torch.nextafter(pixels + 1, pixels)
-        return torch.minimum(pixels + noise, below)
+        return add_noise(images, noise)
 
     def transform(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Map real values v (B, C, H, W) in [0, levels] to logits x, with the log-det (B,).
@@ -144,6 +142,17 @@ class ImagePreprocess(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, logit_lambda={self.logit_lambda}"
+
+
+def add_noise(images: Tensor, noise: Tensor) -> Tensor:
+    """``images + noise`` in the dtype of the noise, never rounded up to ``images + 1``.
+
+    Args:
+        images: of an integer dtype.
+        noise: of the same shape, in [0, 1), float32 or float64.
+    """
+    pixels = images.to(noise.dtype)
+    return torch.minimum(pixels + noise, torch.nextafter(pixels + 1, pixels))
 
 
 def bits_per_dim(

@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full-grid", action="store_true", help="every case of the kernels' grids, not pairs alone"
     )
+    parser.addoption(
+        "--kills", type=int, default=2, help="how often a run is killed before it may end"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the Hugging Face hub for anything."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    # It waits seconds for threads of pyarrow after each pass through shuffled shards.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers

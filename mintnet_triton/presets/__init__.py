@@ -1,4 +1,4 @@
-"""The models of the paper, one TOML file a data set."""
+"""Models and how they are trained, one TOML file a data set: the paper's, and small ones."""
 
 import tomllib
 from importlib.resources import files
@@ -17,7 +17,11 @@ def model_arguments(name: str, section: str) -> dict[str, Any]:
 
 
 def load_preset(name: str, section: str) -> dict[str, Any]:
-    """One section ("data", "density" or "classifier") of a preset.
+    """One section of a preset: "data", or "density" or "classifier" and how each is trained.
+
+    Args:
+        name: "mnist", "cifar10" or "imagenet32" of the paper; "digits", "mnist5k" or "patches".
+        section: "data", "density", "density_training", "classifier" or "classifier_training".
 
     Raises:
         ValueError: no such preset, or it lacks the section.
@@ -32,5 +36,5 @@ def load_preset(name: str, section: str) -> dict[str, Any]:
         raise ValueError(f"name must be one of the presets {names}, got {name!r}")
     preset = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
     if section not in preset:
-        raise ValueError(f"preset {name!r} has no {section} model, only {sorted(preset)}")
+        raise ValueError(f"preset {name!r} has no {section} section, only {sorted(preset)}")
     return dict(preset[section])

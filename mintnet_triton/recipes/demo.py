@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,30 +12,24 @@ from mintnet_triton.checkpoint import save
 from mintnet_triton.flow import MintNet
 from mintnet_triton.images import ImagePreprocess
 from mintnet_triton.inverse import invert
+from mintnet_triton.recipes.batches import generator
+from mintnet_triton.recipes.commands import ALPHAS, ITERATIONS, new_model
 from mintnet_triton.recipes.data import DataName, load_images
-from mintnet_triton.recipes.figures import error_curves, image_sheet, reconstruction_errors
-from mintnet_triton.recipes.training import DensityRecipe, evaluate_density, train_density
+from mintnet_triton.recipes.evaluation import evaluate
+from mintnet_triton.recipes.figures import (
+    error_curves,
+    first_images,
+    image_sheet,
+    reconstruction_errors,
+)
+from mintnet_triton.recipes.objectives import Density
+from mintnet_triton.recipes.recipe import read_experiment
+from mintnet_triton.recipes.runs import RunError, RunFolder
+from mintnet_triton.recipes.training import train
 from mintnet_triton.solvers import FixedPoint, max_error
 from mintnet_triton.verify import verify
 
 SHEET_COLUMNS = 16
-ALPHAS = [1.0, 0.5, 1 / 3.5]  # the last is the authors' for MNIST
-ITERATIONS = [1, 2, 3, 5, 8, 12, 20, 30, 50, 80]
-
-
-def demo_flow(name: DataName, side: int) -> MintNet:
-    """A small flow for a data set, with the constructor's arguments spelled out."""
-    if name == "digits":
-        return MintNet(channels=1, image_size=side, pairs=4, hidden=32, squeezes=1)
-    return MintNet(channels=1, image_size=side, pairs=3, hidden=16, squeezes=2)
-
-
-def demo_recipe(name: DataName, levels: int) -> DensityRecipe:
-    """How the demo trains that flow."""
-    steps, logit_lambda = (800, 0.01) if name == "digits" else (600, 1e-6)
-    return DensityRecipe(
-        steps=steps, batch_size=64, learning_rate=2e-3, levels=levels, logit_lambda=logit_lambda
-    )
 
 
 def run_demo(name: DataName, folder: Path) -> bool:
@@ -47,31 +42,41 @@ def run_demo(name: DataName, folder: Path) -> bool:
     Returns:
         Whether the trained flow passed :func:`mintnet_triton.verify`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    data = load_images(name)
-    recipe = demo_recipe(name, data.levels)
-    torch.manual_seed(recipe.seed)
-    flow = demo_flow(name, data.train.shape[-1])
-    preprocess = ImagePreprocess(recipe.levels, recipe.logit_lambda)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error}") from error
+    experiment = read_experiment(name, "density")
+    data, recipe = load_images(name), experiment.recipe
+    objective = Density(data.levels, experiment.data["logit_lambda"])
+    preprocess = ImagePreprocess(data.levels, objective.logit_lambda)
+    flow = new_model(experiment)
+    assert isinstance(flow, MintNet)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
-    print(f"{name}: {len(data.train)} training images, {parameters} parameters")
+    print(f"{name}: {data.train.count()} training images, {parameters} parameters")
 
-    history = train_density(flow, data.train, recipe)
-    test_bpd = evaluate_density(flow, data.test, recipe)
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    train(flow, data, objective, recipe, run, {"preset": name, "model": flow.arguments})
+    history = RunFolder(run).rows()
+    evaluation = evaluate(flow, data.test, objective).summary()
+    test_bpd = evaluation["bits_per_dim"]
     print(
-        f"test bits per dimension: {float(test_bpd.mean()):.3f} over {len(test_bpd)} images "
+        f"test bits per dimension: {test_bpd:.3f} over {evaluation['images']} images "
         f"({math.log2(data.levels):.3f} for uniform noise)"
     )
 
-    generator = torch.Generator().manual_seed(recipe.seed)
-    x, _ = preprocess(data.test[: 4 * SHEET_COLUMNS], generator)
+    images = first_images(data.test, 4 * SHEET_COLUMNS)
+    rngs = [generator(recipe.seed, "evaluation", 0, index) for index in range(len(images))]
+    x, _ = objective.logits(objective.inputs(images, rngs), next(flow.parameters()))
     report = verify(flow, x[:2])
     print(report)
 
     with torch.no_grad():
         z, _ = flow(x)
     reconstruction = invert(flow, z)
-    latents = torch.randn(4 * SHEET_COLUMNS, *flow.latent_shape, generator=generator)
+    noise = torch.Generator().manual_seed(recipe.seed)
+    latents = torch.randn(4 * SHEET_COLUMNS, *flow.latent_shape, generator=noise)
     samples = invert(flow, latents, certify=True)
     # Algorithm 1 as the paper runs it, for comparison: far from the data it may fail.
     plain = invert(flow, latents, FixedPoint())
@@ -90,9 +95,9 @@ def run_demo(name: DataName, folder: Path) -> bool:
     columns = SHEET_COLUMNS
     sheet = image_sheet(
         {
-            "test digits": data.test[:columns],
+            "test digits": images[:columns],
             "reconstructions from their latents": preprocess.to_images(reconstruction.x[:columns]),
-            f"samples, {float(test_bpd.mean()):.2f} bits per dimension": drawn[:columns],
+            f"samples, {test_bpd:.2f} bits per dimension": drawn[:columns],
             "": drawn[columns : 2 * columns],
         },
         data.levels,
@@ -105,8 +110,8 @@ def run_demo(name: DataName, folder: Path) -> bool:
         "data": name,
         "parameters": parameters,
         "recipe": asdict(recipe),
-        "train_bits_per_dim": sum(history[-50:]) / len(history[-50:]),
-        "test_bits_per_dim": float(test_bpd.mean()),
+        "train_bits_per_dim": history[-1]["bits_per_dim"],
+        "test_bits_per_dim": test_bpd,
         "verified": report.ok,
         "reconstruction_error": float(max_error(reconstruction.x, x).max()),
         "reconstructions_converged": int(reconstruction.converged.sum()),
@@ -119,4 +124,5 @@ def run_demo(name: DataName, folder: Path) -> bool:
     print(f"written to {folder.resolve()}:")
     for file in ("samples.png", "reconstruction_error.png", "flow.safetensors", "report.json"):
         print(f"  {file}")
+    print(f"more pictures of this flow: python -m mintnet_triton figures {run}")
     return report.ok

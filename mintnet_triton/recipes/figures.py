@@ -1,13 +1,21 @@
-"""Pictures: a sheet of images, and reconstruction error against iteration."""
+"""Pictures: of images, of reconstruction (Figure 4 of the paper), of latents, and of learning."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mintnet_triton.flow import MintNet
+from mintnet_triton.images import ImagePreprocess
 from mintnet_triton.inverse import Invertible, invert
+from mintnet_triton.recipes.batches import evaluation_batches, generator
+from mintnet_triton.recipes.data import Split
+from mintnet_triton.recipes.objectives import Density
 from mintnet_triton.solvers import FixedPoint, max_error
 
 
@@ -29,6 +37,27 @@ def image_sheet(rows: Mapping[str, Tensor], levels: int) -> Figure:
         for axis, image in zip(axes, images, strict=False):
             pixels = image.cpu().permute(1, 2, 0).numpy() / (levels - 1)
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return figure
+
+
+def image_grid(images: Tensor, levels: int, columns: int = 8) -> Figure:
+    """Images side by side, row by row.
+
+    Args:
+        images: (N, C, H, W) with C 1 or 3 and values 0 to levels - 1; N may be 0.
+        levels: values a pixel may take.
+        columns: images a row.
+    """
+    rows = max(1, math.ceil(len(images) / columns))
+    framed = F.pad(images.cpu(), (1, 1, 1, 1), value=levels - 1)
+    channels, height, width = framed.shape[1:]
+    empty = framed.new_full((rows * columns - len(images), channels, height, width), levels - 1)
+    cells = torch.cat([framed, empty]).view(rows, columns, channels, height, width)
+    pixels = cells.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+    figure = Figure(figsize=(0.7 * columns, 0.7 * rows * height / width), layout="constrained")
+    axis = figure.subplots()
+    axis.set_axis_off()
+    axis.imshow(pixels.numpy() / (levels - 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     return figure
 
 
@@ -88,3 +117,122 @@ def error_curves(errors: Mapping[float, Tensor], iterations: list[int]) -> Figur
     axis.set_title(f"median and 10–90% range over {samples} samples", fontsize=9)
     axis.legend(frameon=False)
     return figure
+
+
+def first_images(split: Split, count: int) -> Tensor:
+    """The first images of a split, (count, C, H, W), uint8; fewer if it has no more."""
+    return next(evaluation_batches(split, count))[0]
+
+
+@torch.no_grad()
+def reconstructions(
+    flow: MintNet, x: Tensor, preprocess: ImagePreprocess, alpha: float, iterations: Sequence[int]
+) -> dict[str, Tensor]:
+    """Images after so many fixed-point iterations in each layer (Figure 4b of the paper).
+
+    Args:
+        flow: over logits.
+        x: (B, C, H, W), logits of images.
+        preprocess: that made them.
+        alpha: step of the iteration.
+        iterations: numbers of iterations per layer.
+
+    Returns:
+        title -> images (B, C, H, W), for :func:`image_sheet`; a sample that is not finite is black.
+    """
+    z, _ = flow(x)
+    rows = {"images": preprocess.to_images(x)}
+    for count in iterations:
+        again = invert(flow, z, FixedPoint(alpha, count, tolerance=0)).x
+        finite = again.flatten(1).isfinite().all(1)[:, None, None, None]
+        title = f"after {count} iteration{'s' if count > 1 else ''}, α = {alpha:.3g}"
+        shown = torch.where(finite, again, 0.0)
+        rows[title] = torch.where(finite, preprocess.to_images(shown), 0)
+    return rows
+
+
+def interpolation(flow: MintNet, corners: Tensor, steps: int = 8) -> Tensor:
+    """Images in latent space between four (Figure 5 of the paper), as logits.
+
+    The latents are ``cos a (cos b z1 + sin b z2) + sin a (cos b z3 + sin b z4)`` for angles a and b
+    from 0 to pi / 2, which keeps the norm of independent normal latents.
+
+    Args:
+        flow: over logits.
+        corners: (4, C, H, W), logits.
+        steps: images a side.
+
+    Returns:
+        (steps * steps, C, H, W), row by row; a from top to bottom.
+
+    Raises:
+        NotConvergedError: the inverse of some image did not converge.
+        ValueError: not four corners.
+    """
+    if len(corners) != 4:
+        raise ValueError(f"corners must be 4 images, got {len(corners)}")
+    with torch.no_grad():
+        z, _ = flow(corners)
+        angles = torch.linspace(0, math.pi / 2, steps, dtype=z.dtype, device=z.device)
+        weights = torch.stack([angles.cos(), angles.sin()])
+        # Corner 2 i + j has weight i of a and weight j of b.
+        mixed = torch.einsum("ia,jb,ijchw->abchw", weights, weights, z.view(2, 2, *z.shape[1:]))
+        return flow.inverse(mixed.flatten(0, 1))[0]
+
+
+def learning_curve(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """The metric against steps, in training and on held-out images.
+
+    Args:
+        rows: of a run's log.
+        metric: "bits_per_dim" or "accuracy".
+    """
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, label, style in (
+        (metric, "training", {"color": "#0072B2"}),
+        (f"validation_{metric}", "held out", {"color": "#D55E00", "marker": "o", "markersize": 3}),
+    ):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    axis.set_xlabel("steps")
+    axis.set_ylabel("bits per dimension" if metric == "bits_per_dim" else metric)
+    axis.legend(frameon=False)
+    return figure
+
+
+def paper_figures(
+    flow: MintNet, objective: Density, images: Tensor, alphas: list[float], iterations: list[int]
+) -> dict[str, Figure]:
+    """Samples, reconstructions and an interpolation of a trained flow.
+
+    Args:
+        flow: over logits.
+        objective: that it was trained for.
+        images: at least 4 test images (N, C, H, W), uint8, to reconstruct and interpolate between.
+        alphas: steps of the fixed-point iteration.
+        iterations: numbers of iterations per layer.
+
+    Returns:
+        name -> figure.
+
+    Raises:
+        NotConvergedError: the inverse of some sample did not converge.
+    """
+    device = next(flow.parameters()).device
+    preprocess = ImagePreprocess(objective.levels, objective.logit_lambda)
+    rngs = [generator(0, "evaluation", 0, index) for index in range(len(images))]
+    inputs = objective.inputs(images, rngs).to(device)
+    x, _ = objective.logits(inputs, next(flow.parameters()))
+    samples = flow.sample(64, torch.Generator(device).manual_seed(0))
+    errors = reconstruction_errors(flow, x, alphas, iterations)
+    rows = reconstructions(flow, x, preprocess, alphas[-1], iterations[::3])
+    between = preprocess.to_images(interpolation(flow, x[:4]))
+    levels = objective.levels
+    return {
+        "samples": image_grid(preprocess.to_images(samples), levels),
+        "reconstruction_error": error_curves(errors, iterations),
+        "reconstructions": image_sheet(rows, levels),
+        "interpolation": image_grid(between, levels),
+    }

@@ -1,86 +1,475 @@
-"""Training a flow on images, by maximum likelihood."""
+"""The training loop: one for flows and classifiers, one process or several, begun or resumed.
+
+Given the same data, recipe and model, a run ends with the same weights whether or not it was
+interrupted: bit by bit on a CPU (with the same number of threads), and to rounding on a GPU or with
+another number of processes.
+"""
 
 import math
-from dataclasses import dataclass
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from mintnet_triton.checks import NonFiniteError
-from mintnet_triton.flow import MintNet
-from mintnet_triton.images import bits_per_dim
+from mintnet_triton.recipes.batches import (
+    Batch,
+    evaluation_batches,
+    generator,
+    training_batches,
+)
+from mintnet_triton.recipes.data import ImageData, ImageSet
+from mintnet_triton.recipes.objectives import Objective
+from mintnet_triton.recipes.recipe import Recipe
+from mintnet_triton.recipes.runs import RunFolder
 
+#: a loss of so many bits per dimension, or nats, is taken for divergence
+DIVERGED = 100.0
 
-@dataclass(frozen=True)
-class DensityRecipe:
-    """How to train a flow; Adam's other arguments are the paper's (AMSGrad, eps 1e-4)."""
-
-    steps: int
-    batch_size: int = 32
-    learning_rate: float = 1e-3  # decays to 0 along a cosine
-    levels: int = 256
-    logit_lambda: float = 0.05
-    seed: int = 0
+#: steps from one row of the log to the next; a checkpoint brings one, too
+LOG_EVERY = 50
 
 
 class DivergedError(ArithmeticError):
-    """Training met a loss that is not finite."""
+    """Training met a loss or a gradient that is not finite, or a loss beyond all bounds."""
 
 
-def train_density(flow: MintNet, images: Tensor, recipe: DensityRecipe) -> list[float]:
-    """Train a flow in place, with a progress bar of bits per dimension.
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of :func:`train` ended."""
+
+    steps: int  #: trained so far, earlier calls included
+    finished: bool  #: False if time or a signal ended it before the recipe's length
+    checkpoint: Path  #: of the last step
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together, as ``torch.distributed`` has it."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> "Processes":
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+        return values
+
+
+@dataclass
+class TrainingState:
+    """All that changes while training, and that a checkpoint holds."""
+
+    model: nn.Module
+    optimiser: Adam
+    schedule: LRScheduler
+    average: AveragedModel | None
+    step: int = 0
+    epoch: int = 0
+    image: int = 0  #: images of the epoch that have been used up
+    seconds: float = 0.0  #: of training, over all calls
+    best: float = math.inf
+
+    @classmethod
+    def start(cls, model: nn.Module, recipe: Recipe) -> "TrainingState":
+        optimiser = Adam(
+            model.parameters(),
+            lr=recipe.learning_rate,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            amsgrad=recipe.amsgrad,
+            weight_decay=recipe.weight_decay,
+        )
+        schedule: LRScheduler
+        if recipe.schedule == "cosine":
+            schedule = CosineAnnealingLR(optimiser, recipe.epochs or recipe.steps or 0)
+        else:
+            schedule = MultiStepLR(optimiser, list(recipe.milestones), recipe.gamma)
+        average = None
+        if recipe.average is not None:
+            average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+        return cls(model, optimiser, schedule, average)
+
+    def finished(self, recipe: Recipe) -> bool:
+        if recipe.steps is not None:
+            return self.step >= recipe.steps
+        assert recipe.epochs is not None
+        return self.epoch >= recipe.epochs
+
+    def evaluated(self) -> nn.Module:
+        """The model to judge: the moving average, where there is one."""
+        if self.average is None:
+            return self.model
+        averaged: nn.Module = self.average.module
+        return averaged
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in _COUNTERS},
+            **{name: part.state_dict() for name, part in self._parts()},
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        for name, part in self._parts():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_initialized():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        names = ("model", "optimiser", "schedule", "average")
+        return [(name, part) for name in names if (part := getattr(self, name)) is not None]
+
+    def finite(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+
+_COUNTERS = ("step", "epoch", "image", "seconds", "best")
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    objective: Objective,
+    recipe: Recipe,
+    folder: Path,
+    description: Mapping[str, Any],
+    *,
+    max_minutes: float | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 500,
+    keep: int = 3,
+    tensorboard: bool = False,
+) -> TrainingResult:
+    """Train a model in place, with a progress bar, and leave checkpoints and a log in a folder.
+
+    Ends early, with a checkpoint, after ``max_minutes``, or after SIGINT or SIGTERM: the schedule
+    then stands where it is, and goes on from there when the run is resumed. Every process of
+    ``torch.distributed`` calls this alike; the first one writes.
 
     Args:
-        flow: over logits of the images.
-        images: (N, C, H, W), uint8, on the flow's device.
-        recipe: how.
-
-    Returns:
-        Training bits per dimension of every step.
+        model: as :mod:`.objectives` has it, on the device to train on.
+        data: what to train on; the test split is not looked at.
+        objective: what to train for.
+        recipe: how. The model's initial values are the caller's.
+        folder: of the run.
+        description: of JSON's types: what else tells this run from others. It is written to
+            ``run.json`` beside recipe, objective and data, and a run is resumed only if all agree.
+        max_minutes: for this call; one step is made at least.
+        resume: go on from the last checkpoint in the folder, if there is one.
+        checkpoint_every: steps from one checkpoint to the next.
+        keep: checkpoints to keep. The best is kept besides: by the loss on the held-out images, or,
+            with none, by the mean training loss since the checkpoint before.
+        tensorboard: also write the log for TensorBoard.
 
     Raises:
-        DivergedError: the loss is not finite; names the step.
+        DivergedError: names the step, and the last good checkpoint.
+        RunError: the folder cannot be written to, or holds another run.
+        ValueError: an argument outside its range.
     """
-    generator = torch.Generator(images.device).manual_seed(recipe.seed)
-    order = torch.Generator().manual_seed(recipe.seed)
-    dataset = TensorDataset(images)
-    sampler = RandomSampler(dataset, num_samples=recipe.steps * recipe.batch_size, generator=order)
-    batches = DataLoader(dataset, batch_size=recipe.batch_size, sampler=sampler)
-    optimiser = Adam(flow.parameters(), lr=recipe.learning_rate, eps=1e-4, amsgrad=True)
-    schedule = CosineAnnealingLR(optimiser, recipe.steps)
-    history = []
-    progress = tqdm(batches, desc="training", unit="step", mininterval=0.5)
-    for step, (batch,) in enumerate(progress):
-        optimiser.zero_grad()
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    if max_minutes is not None and not max_minutes > 0:
+        raise ValueError(f"max_minutes must be above 0, got {max_minutes}")
+    loop = _Loop(model, data, objective, recipe, RunFolder(folder, keep), description)
+    loop.begin(resume)
+    with _interruptions() as interrupted, _board(folder, tensorboard and loop.writes) as board:
+        loop.board = board
+        deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+
+        def must_stop() -> bool:
+            return interrupted.is_set() or time.monotonic() > deadline
+
+        return loop.run(checkpoint_every, must_stop)
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        objective: Objective,
+        recipe: Recipe,
+        folder: RunFolder,
+        description: Mapping[str, Any],
+    ) -> None:
+        self.held_out: ImageSet | None = None
+        if recipe.validation:
+            data, self.held_out = data.hold_out(recipe.validation)
+        self.data, self.objective, self.recipe, self.folder = data, objective, recipe, folder
+        self.description = {
+            **description,
+            "objective": {"task": objective.task, **asdict(objective)},
+            "data": {"name": data.name, "training_images": data.train.count()},
+            "recipe": asdict(recipe),
+        }
+        self.processes = Processes.current()
+        self.writes = self.processes.rank == 0
+        self.board: Any = None
+        parameters = list(model.parameters())
+        self.device = parameters[0].device
+        if recipe.recompute:
+            _recompute(model)
+        self.state = TrainingState.start(model, recipe)
+        self.parallel = model
+        if self.processes.count > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(model)
+        # Weights, three moments of Adam with AMSGrad, and the moving average.
+        numbers = 4 + (recipe.average is not None)
+        self.checkpoint_bytes = numbers * sum(p.numel() * p.element_size() for p in parameters)
+
+    def begin(self, resume: bool) -> None:
+        """Take up the last checkpoint, or make the first."""
+        if resume and self.folder.checkpoints():
+            self.folder.check_same(self.description)
+            self.state.load_state_dict(self.folder.load())
+            if self.writes:
+                self.folder.cut_log(self.state.step)
+        elif self.writes:
+            self.folder.start(self.description, self.checkpoint_bytes)
+            self.folder.save(self.state.state_dict(), best=False)
+
+    def run(self, checkpoint_every: int, must_stop: Callable[[], bool]) -> TrainingResult:
+        state, recipe = self.state, self.recipe
+        began = time.monotonic() - state.seconds
+        since_log, since_checkpoint = _Means(state), _Means(state)
+        checkpoint = self._last_checkpoint()
+        self.parallel.train()
+        with self._progress() as progress:
+            for batch in self._batches():
+                if state.finished(recipe):
+                    break
+                row, stop = self._step(batch, must_stop())
+                state.seconds = time.monotonic() - began
+                since_log.add(row)
+                since_checkpoint.add(row)
+                metric = self.objective.metric
+                progress.set_postfix({metric: f"{since_log.mean(metric):.3f}"}, refresh=False)
+                progress.update(recipe.batch_size)
+                due = state.step % checkpoint_every == 0 or stop or state.finished(recipe)
+                if due or state.step % LOG_EVERY == 0:
+                    self._log(since_log.row(state, recipe.batch_size))
+                    since_log = _Means(state)
+                if due:
+                    checkpoint = self._checkpoint(since_checkpoint.mean("loss"))
+                    since_checkpoint = _Means(state)
+                if stop:
+                    break
+        return TrainingResult(state.step, state.finished(recipe), checkpoint)
+
+    def _batches(self) -> Iterator[Batch]:
+        return training_batches(
+            self.data.train,
+            self.recipe.batch_size,
+            self.recipe.seed,
+            self.state.epoch,
+            self.state.image,
+            flip=self.recipe.flip,
+            crop=self.recipe.crop,
+            rank=self.processes.rank,
+            processes=self.processes.count,
+        )
+
+    def _step(self, batch: Batch, must_stop: bool) -> tuple[dict[str, float], bool]:
+        """One update; what is logged of it, and whether any process has to stop."""
+        state = self.state
+        state.optimiser.zero_grad()
+        problem = ""
+        inputs = self.objective.inputs(batch.images, batch.generators)
         try:
-            loss = bits_per_dim(flow, batch, recipe.levels, recipe.logit_lambda, generator).mean()
+            with torch.autocast(
+                self.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast
+            ):
+                scores = self.objective.scores(
+                    self.parallel, inputs.to(self.device), batch.labels.to(self.device)
+                )
+            loss = scores.loss.mean()
+            sums = torch.stack([loss.detach(), scores.metric.mean(), loss.new_tensor(must_stop)])
         except NonFiniteError as error:
-            raise DivergedError(f"at step {step}, {error}; try a smaller learning rate") from error
-        history.append(loss.item())
-        if not math.isfinite(history[-1]):
-            raise DivergedError(
-                f"the loss at step {step} is {history[-1]}; try a smaller learning rate than "
-                f"{recipe.learning_rate}"
-            )
+            problem = str(error)
+            sums = torch.full((3,), math.nan, device=self.device)
+        # Before the backward pass, so that all processes see what goes wrong in any.
+        values = self.processes.total(sums.double()) / self.processes.count
+        mean_loss, metric, stop = values.tolist()
+        if not mean_loss <= DIVERGED:  # nor is NaN
+            raise self._diverged(problem or f"the loss is {mean_loss}")
         loss.backward()
-        optimiser.step()
-        schedule.step()
-        progress.set_postfix(bpd=f"{history[-1]:.3f}", refresh=False)
-    return history
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if not math.isfinite(float(norm)):
+            raise self._diverged(f"the norm of the gradient is {float(norm)}")
+        if self.recipe.clip is not None:
+            clip_grads_with_norm_(state.model.parameters(), self.recipe.clip, norm)
+        state.optimiser.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        rate = state.schedule.get_last_lr()[0]
+        state.step += 1
+        state.epoch, state.image = batch.next_epoch, batch.next_image
+        if batch.ends_epoch or self.recipe.steps is not None:
+            state.schedule.step()
+        row = {
+            "loss": mean_loss,
+            self.objective.metric: metric,
+            "gradient_norm": float(norm),
+            "learning_rate": float(rate),
+        }
+        return row, stop > 0
+
+    def _diverged(self, problem: str) -> DivergedError:
+        left = self._last_checkpoint()
+        best = f"; the best is {self.folder.best}" if self.folder.best.is_file() else ""
+        return DivergedError(
+            f"training diverged at step {self.state.step}: {problem}. The last good checkpoint is "
+            f"{left}{best}. Try a learning rate below {self.recipe.learning_rate}, or clip."
+        )
+
+    def _checkpoint(self, training_loss: float) -> Path:
+        state = self.state
+        score = training_loss
+        if self.held_out is not None:
+            score, metric = self._validate(self.held_out)
+            self._log(
+                {
+                    "step": state.step,
+                    "validation_loss": score,
+                    f"validation_{self.objective.metric}": metric,
+                }
+            )
+        if not state.finite():
+            raise self._diverged("a weight is not finite")
+        best = score < state.best
+        state.best = min(score, state.best)
+        if self.writes:
+            self.folder.save(state.state_dict(), best)
+        return self._last_checkpoint()
+
+    @torch.no_grad()
+    def _validate(self, held_out: ImageSet) -> tuple[float, float]:
+        """Mean loss and metric on the held-out images, one draw of the noise."""
+        model = self.state.evaluated()
+        training = model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for images, labels, indices in evaluation_batches(
+            held_out, 256, rank=self.processes.rank, processes=self.processes.count
+        ):
+            rngs = [generator(self.recipe.seed, "evaluation", 0, index) for index in indices]
+            inputs = self.objective.inputs(images, rngs).to(self.device)
+            scores = self.objective.scores(model, inputs, labels.to(self.device))
+            sums += torch.stack(
+                [scores.loss.sum(), scores.metric.sum(), sums.new_tensor(len(images))]
+            )
+        model.train(training)
+        loss, metric, count = self.processes.total(sums).tolist()
+        return loss / count, metric / count
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        if self.writes:
+            self.folder.log(row)
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+    def _last_checkpoint(self) -> Path:
+        checkpoints = self.folder.checkpoints()
+        return checkpoints[-1] if checkpoints else self.folder.path
+
+    def _progress(self) -> Any:
+        """A bar that counts images."""
+        steps, batch = self.recipe.steps, self.recipe.batch_size
+        images = self.data.train.count()
+        if steps is None and images is not None and self.recipe.epochs is not None:
+            steps = self.recipe.epochs * (images // batch)
+        return tqdm(
+            total=None if steps is None else steps * batch,
+            initial=self.state.step * batch,
+            desc="training",
+            unit="image",
+            unit_scale=True,
+            mininterval=0.5,
+            disable=not self.writes,
+        )
 
 
-@torch.no_grad()
-def evaluate_density(flow: MintNet, images: Tensor, recipe: DensityRecipe) -> Tensor:
-    """Bits per dimension (N,) of each image, one draw of the dequantisation noise."""
-    generator = torch.Generator(images.device).manual_seed(recipe.seed)
-    batches = torch.split(images, 256)
-    return torch.cat(
-        [
-            bits_per_dim(flow, batch, recipe.levels, recipe.logit_lambda, generator)
-            for batch in batches
-        ]
-    )
+class _Means:
+    """Means over some steps."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self.since, self.steps = state.seconds, 0
+        self.sums: dict[str, float] = {}
+
+    def add(self, row: Mapping[str, float]) -> None:
+        self.steps += 1
+        for name, value in row.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def mean(self, name: str) -> float:
+        return self.sums[name] / self.steps
+
+    def row(self, state: TrainingState, batch_size: int) -> dict[str, Any]:
+        return {
+            "step": state.step,
+            "epoch": state.epoch,
+            "seconds": state.seconds,
+            "images_per_second": self.steps * batch_size / (state.seconds - self.since),
+            **{name: self.mean(name) for name in self.sums},
+        }
+
+
+def _recompute(model: nn.Module) -> None:
+    able = [module for module in model.modules() if hasattr(module, "recompute")]
+    if not able:
+        raise ValueError(f"recompute must be false: no part of {type(model).__name__} knows it")
+    for module in able:
+        module.recompute = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _interruptions() -> Iterator[threading.Event]:
+    """An event that is set by SIGINT or SIGTERM, so that a step is never torn."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: event.set()) for number in signals]
+    try:
+        yield event
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _board(folder: Path, wanted: bool) -> Iterator[Any]:
+    if not wanted:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        yield writer

@@ -1,0 +1,266 @@
+"""What the command line does: train, evaluate, sample, figures."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from mintnet_triton.checkpoint import save
+from mintnet_triton.classifier import MintClassifier
+from mintnet_triton.flow import MintNet
+from mintnet_triton.images import ImagePreprocess
+from mintnet_triton.inverse import invert
+from mintnet_triton.recipes import figures
+from mintnet_triton.recipes.data import DataName, ImageData, load_images
+from mintnet_triton.recipes.evaluation import (
+    as_json,
+    as_table,
+    evaluate,
+    evaluate_inversion,
+)
+from mintnet_triton.recipes.objectives import Density, Objective, make_objective
+from mintnet_triton.recipes.recipe import Experiment, read_experiment
+from mintnet_triton.recipes.runs import RunFolder
+from mintnet_triton.recipes.training import Processes, TrainingResult, train
+
+ALPHAS = [1.0, 0.5, 1 / 3.5]  # the last is the paper's for MNIST
+ITERATIONS = [1, 2, 3, 5, 8, 12, 20, 30, 50, 80]
+_MODELS: dict[str, type[MintNet] | type[MintClassifier]] = {
+    "density": MintNet,
+    "classify": MintClassifier,
+}
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train_preset(
+    task: str,
+    preset: str,
+    data_name: DataName,
+    out: Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    data_folder: Path | None = None,
+    device: str | None = None,
+    **options: Any,
+) -> TrainingResult:
+    """Train a preset's model, and leave the run, with ``model.safetensors``, in a folder.
+
+    Under ``torchrun``, each process takes its share of every batch.
+
+    Args:
+        task: "density" or "classify".
+        preset: by name.
+        data_name: of a data set of the preset's shape.
+        out: folder of the run.
+        changes: of the preset, as :func:`.read_experiment` takes them.
+        data_folder: as :func:`.load_images` takes it.
+        device: as torch names it; a GPU if there is one.
+        options: further arguments of :func:`.train`.
+
+    Raises:
+        ValueError: the data do not fit the preset; and all that :func:`.train` raises.
+    """
+    experiment = read_experiment(preset, task, changes)
+    with _process_group(device or default_device()) as place:
+        data = load_images(data_name, data_folder)
+        _check_fits(experiment, data, preset)
+        model = new_model(experiment).to(place)
+        objective = make_objective(task, experiment.data)
+        description = {"preset": preset, "model": model.arguments}
+        result = train(model, data, objective, experiment.recipe, out, description, **options)
+        if Processes.current().rank == 0:
+            save(load_run(out).model, out / "model.safetensors")
+    return result
+
+
+def new_model(experiment: Experiment) -> MintNet | MintClassifier:
+    """The experiment's model with its initial values, which its seed fixes."""
+    torch.manual_seed(experiment.recipe.seed)
+    return _MODELS[experiment.task](**experiment.model)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, and what it was trained for."""
+
+    model: MintNet | MintClassifier  #: in evaluation mode; the moving average, if there is one
+    objective: Objective
+    data: DataName
+    step: int
+
+
+def load_run(folder: Path, checkpoint: str = "last", device: str = "cpu") -> Run:
+    """Read a run that :func:`train_preset` left.
+
+    Args:
+        folder: of the run.
+        checkpoint: "last", "best", or a file name.
+        device: to put the model on.
+
+    Raises:
+        RunError, CheckpointError: there is no such run or checkpoint, or it is damaged.
+    """
+    run = RunFolder(folder)
+    description, state = run.description(), run.load(checkpoint)
+    values = dict(description["objective"])
+    task = values.pop("task")
+    model = _MODELS[task](**description["model"])
+    weights = state["model"]
+    if "average" in state:
+        prefix = "module."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in state["average"].items()
+            if name.startswith(prefix)
+        }
+    model.load_state_dict(weights)
+    objective, data = make_objective(task, values), description["data"]["name"]
+    return Run(model.to(device).eval(), objective, data, state["step"])
+
+
+def evaluate_run(
+    folder: Path,
+    checkpoint: str = "last",
+    draws: int = 5,
+    inversions: int = 64,
+    data_folder: Path | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Judge a run on the whole test split; writes ``evaluation.json`` and ``evaluation.md``.
+
+    Args:
+        folder: of the run.
+        checkpoint: as :func:`load_run` takes it.
+        draws: of the dequantisation noise; a classifier needs one.
+        inversions: test images that a flow maps to latents and back.
+        data_folder: as :func:`.load_images` takes it.
+        device: a GPU if there is one.
+
+    Returns:
+        What the files hold.
+    """
+    run = load_run(folder, checkpoint, device or default_device())
+    test = load_images(run.data, data_folder).test
+    flow = isinstance(run.objective, Density)
+    evaluation = evaluate(run.model, test, run.objective, draws if flow else 1)
+    report = {
+        "data": run.data,
+        "checkpoint": checkpoint,
+        "step": run.step,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "test": evaluation.summary(),
+    }
+    if isinstance(run.objective, Density) and isinstance(run.model, MintNet) and inversions:
+        images = figures.first_images(test, inversions)
+        report["inversion"] = evaluate_inversion(run.model, images, run.objective)
+    (folder / "evaluation.json").write_text(
+        json.dumps(as_json(report), indent=2) + "\n", encoding="utf-8"
+    )
+    (folder / "evaluation.md").write_text(as_table(report), encoding="utf-8")
+    return report
+
+
+def sample_run(
+    folder: Path,
+    checkpoint: str = "last",
+    number: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str | None = None,
+) -> tuple[int, float]:
+    """Draw images; writes ``samples.npy`` (n, C, H, W), int64, and ``samples.png``.
+
+    Only samples whose inversion converged are written.
+
+    Returns:
+        How many converged, and the largest residual.
+
+    Raises:
+        ValueError: the run is of a classifier.
+    """
+    run = load_run(folder, checkpoint, device or default_device())
+    flow, objective = _flow_of(run)
+    generator = torch.Generator().manual_seed(seed)
+    z = temperature * torch.randn(number, *flow.latent_shape, generator=generator)
+    result = invert(flow, z.to(next(flow.parameters()).device))
+    preprocess = ImagePreprocess(objective.levels, objective.logit_lambda)
+    images = preprocess.to_images(result.x[result.converged]).cpu()
+    np.save(folder / "samples.npy", images.numpy())
+    figures.image_grid(images, objective.levels).savefig(folder / "samples.png", dpi=150)
+    return len(images), float(result.residual.max())
+
+
+def draw_run(
+    folder: Path,
+    checkpoint: str = "last",
+    data_folder: Path | None = None,
+    device: str | None = None,
+) -> list[Path]:
+    """Draw the paper's figures of a run; a classifier has a learning curve alone.
+
+    Returns:
+        Paths of what was drawn: ``learning_curve.png``; ``samples.png`` (Figure 3),
+        ``reconstruction_error.png`` and ``reconstructions.png`` (Figure 4), and
+        ``interpolation.png`` (Figure 5).
+    """
+    run = load_run(folder, checkpoint, device or default_device())
+    drawn = {
+        "learning_curve": figures.learning_curve(RunFolder(folder).rows(), run.objective.metric)
+    }
+    if isinstance(run.model, MintNet):
+        flow, objective = _flow_of(run)
+        test = figures.first_images(load_images(run.data, data_folder).test, 16)
+        drawn |= figures.paper_figures(flow, objective, test, ALPHAS, ITERATIONS)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _flow_of(run: Run) -> tuple[MintNet, Density]:
+    if not isinstance(run.model, MintNet) or not isinstance(run.objective, Density):
+        raise ValueError("the run is of a classifier, which has no samples")
+    return run.model, run.objective
+
+
+def _check_fits(experiment: Experiment, data: ImageData, preset: str) -> None:
+    wanted = experiment.data
+    size = wanted["image_size"]
+    ours = (wanted["channels"], size, size, wanted["levels"])
+    if ours != (*data.shape, data.levels):
+        raise ValueError(
+            f"preset {preset!r} is for images of {ours[:3]} (C, H, W) and {ours[3]} levels, and "
+            f"{data.name} has {data.shape} and {data.levels}"
+        )
+    classes = experiment.model.get("classes", data.classes)
+    if classes != data.classes:
+        raise ValueError(f"{data.name} has {data.classes} classes: --set classes={data.classes}")
+
+
+@contextmanager
+def _process_group(device: str) -> Iterator[torch.device]:
+    """The device of this process, joined with the others if ``torchrun`` started it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield torch.device(device)
+        return
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield place
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,186 @@
+"""How good a trained model is: over every image, and with the noise of the measurement."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mintnet_triton.checks import NonFiniteError
+from mintnet_triton.images import ImagePreprocess
+from mintnet_triton.inverse import Invertible, invert
+from mintnet_triton.mint import frozen
+from mintnet_triton.recipes.batches import evaluation_batches, generator
+from mintnet_triton.recipes.data import Split
+from mintnet_triton.recipes.objectives import Density, Objective, Scores
+from mintnet_triton.solvers import Solver, max_error
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of every image, for every draw of the noise."""
+
+    loss: Tensor  #: (draws, N), float64
+    metric: Tensor  #: (draws, N), float64
+    objective: Objective
+    dimensions: int  #: of an image
+
+    def summary(self) -> dict[str, Any]:
+        """What to report; a value that is not finite makes the means so, and is counted.
+
+        For a density: ``bits_per_dim``, the mean over images and draws; ``standard_error`` over the
+        images; ``standard_error_of_draws``, of the noise alone, None for a single draw; and
+        ``importance_weighted_bits_per_dim``, the bound ``-log2 mean_k p(v_k) / D`` with all draws,
+        which is never above ``bits_per_dim`` and nearer to the bits of the integers themselves.
+        For a classifier: ``accuracy`` with its standard error, and ``loss`` in nats.
+        """
+        draws, images = self.metric.shape
+        name = self.objective.metric
+        values: dict[str, Any] = {
+            "images": images,
+            "draws": draws,
+            "not_finite": int((~self.loss.isfinite()).sum()),
+            name: float(self.metric.mean()),
+            "standard_error": float(self.metric.mean(0).std() / math.sqrt(images)),
+        }
+        if isinstance(self.objective, Density):
+            per_draw = self.metric.mean(1)
+            spread = float(per_draw.std() / math.sqrt(draws)) if draws > 1 else None
+            nats = self.metric * (math.log(2) * self.dimensions)
+            bound = -(torch.logsumexp(-nats, 0) - math.log(draws)) / (math.log(2) * self.dimensions)
+            values["standard_error_of_draws"] = spread
+            values["importance_weighted_bits_per_dim"] = float(bound.mean())
+        else:
+            values["loss"] = float(self.loss.mean())
+        return values
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    objective: Objective,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Evaluation:
+    """Score every image of a split, the last partial batch included.
+
+    The noise depends on the seed, the draw and the image alone, not on the batch size.
+
+    Args:
+        model: as :mod:`.objectives` has it; it is judged in evaluation mode, and left as it was.
+        split: what to judge it on.
+        objective: what to score.
+        draws: of the dequantisation noise, for each image.
+        seed: of the noise.
+        batch_size: images at once.
+
+    Raises:
+        ValueError: the split is empty, or draws is below 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+    metrics: list[Tensor] = []
+    dimensions, training = 0, model.training
+    model.eval()
+    with frozen(model):
+        for images, labels, indices in evaluation_batches(split, batch_size):
+            dimensions = images[0].numel()
+            scores = []
+            for draw in range(draws):
+                rngs = [generator(seed, "evaluation", draw, index) for index in indices]
+                inputs = objective.inputs(images, rngs).to(device)
+                scores.append(_scores(model, objective, inputs, labels.to(device)))
+            losses.append(torch.stack([score.loss.double().cpu() for score in scores]))
+            metrics.append(torch.stack([score.metric.double().cpu() for score in scores]))
+    model.train(training)
+    if not losses:
+        raise ValueError("the split has no images")
+    return Evaluation(torch.cat(losses, 1), torch.cat(metrics, 1), objective, dimensions)
+
+
+def _scores(model: nn.Module, objective: Objective, inputs: Tensor, labels: Tensor) -> Scores:
+    """Scores, NaN for an image that the model cannot take."""
+    try:
+        return objective.scores(model, inputs, labels)
+    except NonFiniteError:
+        if len(inputs) == 1:
+            nan = torch.full((1,), math.nan)
+            return Scores(nan, nan)
+        alone = [
+            _scores(model, objective, *pair)
+            for pair in zip(inputs.split(1), labels.split(1), strict=True)
+        ]
+        return Scores(*(torch.cat(values) for values in zip(*alone, strict=True)))
+
+
+@torch.no_grad()
+def evaluate_inversion(
+    model: Invertible,
+    images: Tensor,
+    objective: Density,
+    seed: int = 0,
+    solver: Solver | None = None,
+) -> dict[str, Any]:
+    """Map images to latents and back.
+
+    Args:
+        model: a flow over logits.
+        images: (B, C, H, W), uint8.
+        objective: that it was trained for.
+        seed: of the dequantisation noise.
+        solver: of the inverse; ``Auto()`` if None.
+
+    Returns:
+        ``images``; ``converged`` of them; ``largest_residual``; ``largest_error`` and
+        ``mean_error`` of ``max |x - reconstruction|``, in logits; ``recovered``, the number of
+        images that come back to the last bit. An image without a finite latent has not converged,
+        and counts in none of the others but ``not_finite``.
+    """
+    like = next(model.parameters())
+    rngs = [generator(seed, "evaluation", 0, index) for index in range(len(images))]
+    x, _ = objective.logits(objective.inputs(images, rngs).to(like.device), like)
+    with frozen(model):
+        z, _ = model(x)
+        finite = z.flatten(1).isfinite().all(1)
+        result = invert(model, z[finite], solver)
+    errors = max_error(result.x, x[finite]).double()
+    preprocess = ImagePreprocess(objective.levels, objective.logit_lambda)
+    again = preprocess.to_images(result.x).cpu() == images[finite.cpu()]
+    none = not bool(finite.any())
+    return {
+        "images": len(images),
+        "not_finite": int((~finite).sum()),
+        "converged": int(result.converged.sum()),
+        "largest_residual": math.nan if none else float(result.residual.max()),
+        "largest_error": math.nan if none else float(errors.max()),
+        "mean_error": math.nan if none else float(errors.mean()),
+        "recovered": int(again.flatten(1).all(1).sum()),
+    }
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with None for what JSON has no number for."""
+    return {
+        name: as_json(value)
+        if isinstance(value, Mapping)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in values.items()
+    }
+
+
+def as_table(values: Mapping[str, Any]) -> str:
+    """Markdown, a row a value; those of a part under its name."""
+    rows = ["| what | value |", "| --- | --- |"]
+    for name, value in values.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for part, number in parts:
+            shown = f"{number:.5g}" if isinstance(number, float) else str(number)
+            rows.append(f"| {' '.join((name, part)).replace('_', ' ').strip()} | {shown} |")
+    return "\n".join(rows) + "\n"

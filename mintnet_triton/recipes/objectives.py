@@ -1,0 +1,102 @@
+"""What is trained for: the protocol between a model and the training loop.
+
+The loop and the evaluation take any ``nn.Module`` that keeps to this:
+
+- for :class:`Density`, ``model(x)`` returns ``(z, log_det)``. x (B, C, H, W) are logits of images
+  in the dtype of the parameters; z (B, ...), of C H W values a sample, is standard normal under
+  the model; log_det (B,) is log|det dz/dx|.
+- for :class:`Classification`, ``model(x)`` returns log-probabilities (B, classes). x (B, C, H, W)
+  are images as numbers in [0, 1], less ``mean``, over ``std``.
+
+A model has at least one parameter. Its training and evaluation modes, and its buffers, are its own
+affair. A module with an attribute ``recompute`` can be told to trade time for memory.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mintnet_triton.flow import standard_normal_log_prob
+from mintnet_triton.images import ImagePreprocess, add_noise
+from mintnet_triton.solvers import log_det_dtype
+
+
+class Scores(NamedTuple):
+    """How a model does on each image."""
+
+    loss: Tensor  #: (B,), whose mean is minimised
+    metric: Tensor  #: (B,), what people ask for
+
+
+@dataclass(frozen=True)
+class Density:
+    """Bits per dimension of dequantised images: the loss, and the metric."""
+
+    levels: int = 256  #: values a pixel may take
+    logit_lambda: float = 0.05  #: as in :class:`mintnet_triton.ImagePreprocess`
+    task: ClassVar[str] = "density"
+    metric: ClassVar[str] = "bits_per_dim"
+
+    def inputs(self, images: Tensor, generators: list[np.random.Generator]) -> Tensor:
+        """Values (B, C, H, W), float32, in [0, levels): images (uint8) with a draw of the noise."""
+        shape = images.shape[1:]
+        noise = np.stack([rng.random(shape, dtype=np.float32) for rng in generators])
+        return add_noise(images, torch.from_numpy(noise))
+
+    def logits(self, inputs: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """x for a model whose parameters are like that one, and the log-det (B,) of v -> x."""
+        preprocess = ImagePreprocess(self.levels, self.logit_lambda)
+        x, log_det = preprocess.transform(inputs.to(log_det_dtype(like)))
+        return x.to(like.dtype), log_det
+
+    def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
+        """Bits per dimension, twice; labels are not looked at."""
+        x, preprocess_log_det = self.logits(inputs, next(model.parameters()))
+        z, log_det = model(x)
+        log_prob = standard_normal_log_prob(z) + log_det + preprocess_log_det
+        bits = -log_prob / (math.log(2) * inputs.shape[1:].numel())
+        return Scores(bits, bits.detach())
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross entropy in nats as the loss, accuracy as the metric."""
+
+    levels: int = 256
+    mean: tuple[float, ...] = (0.5,)  #: of each channel, or one for all
+    std: tuple[float, ...] = (0.5,)
+    task: ClassVar[str] = "classify"
+    metric: ClassVar[str] = "accuracy"
+
+    def inputs(self, images: Tensor, generators: list[np.random.Generator]) -> Tensor:
+        """Normalised images (B, C, H, W), float32; nothing random is left to draw."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images / (self.levels - 1) - mean) / std
+
+    def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
+        log_probs = model(inputs.to(next(model.parameters()).dtype))
+        loss = F.nll_loss(log_probs, labels, reduction="none")
+        return Scores(loss, (log_probs.argmax(1) == labels).float())
+
+
+Objective = Density | Classification
+
+
+def make_objective(task: str, data: dict[str, Any]) -> Objective:
+    """The objective of a task ("density" or "classify") on data as a preset describes them.
+
+    Raises:
+        ValueError: another task, or one that the data are not described for.
+    """
+    if task == "density":
+        return Density(data["levels"], data["logit_lambda"])
+    if task != "classify":
+        raise ValueError(f"task must be 'density' or 'classify', got {task!r}")
+    if "mean" not in data:
+        raise ValueError("the preset gives no mean and std of its images, as classifiers need")
+    return Classification(data["levels"], tuple(data["mean"]), tuple(data["std"]))

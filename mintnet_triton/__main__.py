@@ -1,6 +1,7 @@
 """The command line: ``python -m mintnet_triton``."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -54,6 +55,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
         keep=options.keep,
         tensorboard=options.tensorboard,
     )
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of several processes under torchrun, the first one speaks
     again = shlex.join(["python", "-m", "mintnet_triton", *arguments])
     if not result.finished:
         more = "" if options.resume else " --resume"

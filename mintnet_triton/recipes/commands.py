@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from mintnet_triton.checkpoint import save
 from mintnet_triton.classifier import MintClassifier
@@ -78,10 +78,23 @@ def train_preset(
         model = new_model(experiment).to(place)
         objective = make_objective(task, experiment.data)
         description = {"preset": preset, "model": model.arguments}
+        first = Processes.current().rank == 0
+        if first:
+            _announce(experiment, data, model, out)
         result = train(model, data, objective, experiment.recipe, out, description, **options)
-        if Processes.current().rank == 0:
+        if first:
             save(load_run(out).model, out / "model.safetensors")
     return result
+
+
+def _announce(experiment: Experiment, data: ImageData, model: nn.Module, out: Path) -> None:
+    recipe, images = experiment.recipe, data.train.count()
+    print(
+        f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{'a stream' if images is None else f'{images:,}'} of images of {data.name}; "
+        f"{f'{recipe.epochs} epochs' if recipe.epochs else f'{recipe.steps:,} steps'} at batch "
+        f"{recipe.batch_size}, on {next(model.parameters()).device}; the run is in {out}"
+    )
 
 
 def new_model(experiment: Experiment) -> MintNet | MintClassifier:

@@ -5,13 +5,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 from mintnet_triton.inverse import NotConvergedError
+from mintnet_triton.recipes.data import DataName
 from mintnet_triton.recipes.runs import RunError
 
 # The recipes need more packages than the library does: each command imports its own.
 
-DATA = ("digits", "mnist5k", "patches", "mnist", "cifar10", "imagenet32")
+DATA = get_args(DataName)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from mintnet_triton.recipes import data as data_module
-from mintnet_triton.recipes.batches import augment, evaluation_batches, training_batches
+from mintnet_triton.recipes.batches import (
+    Purpose,
+    augment,
+    evaluation_batches,
+    generator,
+    training_batches,
+)
 from mintnet_triton.recipes.data import (
     DataName,
     DataNotFoundError,
@@ -244,6 +250,17 @@ def test_what_is_drawn_depends_on_epoch_and_image_alone(start: int, processes: i
     part = drawn(small_set(), start, processes=processes)
     assert len(part) == 4 * (10 - start)
     assert all(torch.equal(whole[key], part[key]) for key in part)
+
+
+def test_no_two_keys_share_their_noise() -> None:
+    keys = [
+        (seed, purpose, epoch, index)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for index in (0, 1)
+        for purpose in get_args(Purpose)
+    ]
+    assert len({generator(*key).random() for key in keys}) == 16
 
 
 def test_batches_must_divide_among_processes() -> None:

@@ -43,6 +43,12 @@ def tensors(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: tree}
 
 
+def log(folder: Path) -> list[dict[str, Any]]:
+    timed = ("seconds", "images_per_second")
+    rows = RunFolder(folder).rows()
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
 def assert_same(folder: Path, other: Path, which: str) -> None:
     ours, theirs = (tensors(RunFolder(path).load(which)) for path in (folder, other))
     assert ours.keys() == theirs.keys()
@@ -78,11 +84,6 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert_same(killed, tmp_path / "whole", "last")
     assert_same(killed, tmp_path / "whole", "best")
 
-    def log(folder: Path) -> list[dict[str, Any]]:
-        timed = ("seconds", "images_per_second")
-        rows = RunFolder(folder).rows()
-        return [{k: v for k, v in row.items() if k not in timed} for row in rows]
-
     assert log(killed) == log(tmp_path / "whole")
 
 
@@ -100,6 +101,14 @@ def stopped(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, folder)
     RunFolder(folder).checkpoints()[-1].unlink()
     return folder
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_what_comes_after_the_checkpoint_is_logged_once(stopped: Path, finished: Path) -> None:
+    with (stopped / "log.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')  # cut off as it was written
+    tiny_run("density", stopped, resume=True)
+    assert [row["step"] for row in log(stopped)] == [row["step"] for row in log(finished)]
 
 
 def test_another_recipe_is_refused(stopped: Path) -> None:

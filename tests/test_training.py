@@ -452,6 +452,8 @@ def test_values_of_a_preset_can_be_changed() -> None:
         ({"learning_rate": "fast"}, TypeError, "learning_rate must be numeric, got 'fast'"),
         ({"clip": 0.0}, ValueError, "clip must be above 0, got 0.0"),
         ({"average": 1.0}, ValueError, "average must be at least 0 and below 1, got 1.0"),
+        ({"betas": (0.9,)}, ValueError, "betas must be two numbers, got"),
+        ({"milestones": (2.5,)}, TypeError, "milestones must be an integer, got 2.5"),
         ({"flip": 1}, TypeError, "flip must be true or false, got 1"),
         ({"schedule": "step"}, ValueError, "'cosine' or 'milestones', got 'step'"),
     ],

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from mintnet_triton.checks import check_integer
 from mintnet_triton.presets import load_preset, model_arguments
 
 Schedule = Literal["cosine", "milestones"]
@@ -60,13 +61,8 @@ class Recipe:
             ("validation", 0),
             ("seed", 0),
         ):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least)
         for name in ("amsgrad", "flip", "autocast", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -75,6 +71,10 @@ class Recipe:
             numbers = value if name == "betas" else () if value is None else (value,)
             if not all(isinstance(x, float | int) and not isinstance(x, bool) for x in numbers):
                 raise TypeError(f"{name} must be numeric, got {value!r}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas}")
+        for place in self.milestones:
+            check_integer("milestones", place, least=1)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.clip is not None and not self.clip > 0:

@@ -196,7 +196,8 @@ def train(
         raise ValueError(f"max_minutes must be above 0, got {max_minutes}")
     loop = _Loop(model, data, objective, recipe, RunFolder(folder, keep), description)
     loop.begin(resume)
-    with _interruptions() as interrupted, _board(folder, tensorboard and loop.writes) as board:
+    logged = folder / "tensorboard" if tensorboard and loop.writes else None
+    with _interruptions() as interrupted, _board(logged, loop.state.step) as board:
         loop.board = board
         deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
@@ -465,11 +466,12 @@ def _interruptions() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _board(folder: Path, wanted: bool) -> Iterator[Any]:
-    if not wanted:
+def _board(folder: Path | None, step: int) -> Iterator[Any]:
+    """A writer for TensorBoard that forgets what came after the step; None without a folder."""
+    if folder is None:
         yield None
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
         yield writer

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
 
 import mintnet_triton as mint
 from mintnet_triton.recipes.batches import generator

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
 
 import mintnet_triton as mint
 from mintnet_triton.recipes import training
@@ -399,6 +398,17 @@ def test_tensorboard_gets_the_log(tmp_path: Path) -> None:
     run(tmp_path, tensorboard=True)
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"bits_per_dim" in events.read_bytes()
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        run(tmp_path / device, tiny_flow().to(device), checkpoint_every=1)
+    on_cpu, on_gpu = (RunFolder(tmp_path / device).rows() for device in ("cpu", "cuda"))
+    for ours, theirs in zip(on_cpu, on_gpu, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+    RunFolder(tmp_path / "cuda").checkpoints()[-1].unlink()
+    assert run(tmp_path / "cuda", tiny_flow().to("cuda"), resume=True).finished
 
 
 # --- recipes ------------------------------------------------------------------------------------

@@ -357,6 +357,30 @@ def test_divergence_stops_at_the_last_good_checkpoint(
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("loss", "the loss on held-out images is nan"),
+        ("error", "on held-out images, x holds 1 NaN"),
+        ("weight", "a weight is not finite"),
+    ],
+)
+def test_a_model_that_fails_at_a_checkpoint_is_not_kept(
+    how: str, message: str, tmp_path: Path
+) -> None:
+    class FailingLater(Failing):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.calls = 0 if self.training or how == "weight" else 3
+            return super().forward(x)
+
+    model = FailingLater(how)
+    if how == "weight":
+        model.register_parameter("unused", nn.Parameter(torch.tensor(math.nan)))
+    with pytest.raises(DivergedError, match=message):
+        run(tmp_path, model, checkpoint_every=2, validation=4)
+    assert RunFolder(tmp_path).load()["step"] == 0
+
+
 def test_a_flow_that_is_trained_too_fast_diverges(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"at step \d+: .*Try a learning rate below"):
         run(tmp_path, steps=50, learning_rate=1e12)

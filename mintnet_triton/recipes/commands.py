@@ -13,6 +13,7 @@ import torch
 from torch import distributed, nn
 
 from mintnet_triton.checkpoint import save
+from mintnet_triton.checks import check_integer
 from mintnet_triton.classifier import MintClassifier
 from mintnet_triton.flow import MintNet
 from mintnet_triton.images import ImagePreprocess
@@ -163,6 +164,7 @@ def evaluate_run(
     Returns:
         What the files hold.
     """
+    check_integer("inversions", inversions, least=0)
     run = load_run(folder, checkpoint, device or default_device())
     test = load_images(run.data, data_folder).test
     flow = isinstance(run.objective, Density)
@@ -200,10 +202,11 @@ def sample_run(
         How many converged, and the largest residual.
 
     Raises:
-        ValueError: the run is of a classifier.
+        ValueError: the run is of a classifier, or number is below 1.
     """
     run = load_run(folder, checkpoint, device or default_device())
     flow, objective = _flow_of(run)
+    check_integer("number", number, least=1)
     generator = torch.Generator().manual_seed(seed)
     z = temperature * torch.randn(number, *flow.latent_shape, generator=generator)
     result = invert(flow, z.to(next(flow.parameters()).device))

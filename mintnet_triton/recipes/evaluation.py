@@ -31,7 +31,7 @@ class Evaluation:
         """What to report; a value that is not finite makes the means so, and is counted.
 
         For a density: ``bits_per_dim``, the mean over images and draws; ``standard_error`` over the
-        images; ``standard_error_of_draws``, of the noise alone, None for a single draw; and
+        images; ``standard_error_of_draws``, of the noise alone (None where there is one alone); and
         ``importance_weighted_bits_per_dim``, the bound ``-log2 mean_k p(v_k) / D`` with all draws,
         which is never above ``bits_per_dim`` and nearer to the bits of the integers themselves.
         For a classifier: ``accuracy`` with its standard error, and ``loss`` in nats.
@@ -43,14 +43,12 @@ class Evaluation:
             "draws": draws,
             "not_finite": int((~self.loss.isfinite()).sum()),
             name: float(self.metric.mean()),
-            "standard_error": float(self.metric.mean(0).std() / math.sqrt(images)),
+            "standard_error": _standard_error(self.metric.mean(0)),
         }
         if isinstance(self.objective, Density):
-            per_draw = self.metric.mean(1)
-            spread = float(per_draw.std() / math.sqrt(draws)) if draws > 1 else None
             nats = self.metric * (math.log(2) * self.dimensions)
             bound = -(torch.logsumexp(-nats, 0) - math.log(draws)) / (math.log(2) * self.dimensions)
-            values["standard_error_of_draws"] = spread
+            values["standard_error_of_draws"] = _standard_error(self.metric.mean(1))
             values["importance_weighted_bits_per_dim"] = float(bound.mean())
         else:
             values["loss"] = float(self.loss.mean())
@@ -161,6 +159,11 @@ def evaluate_inversion(
         "mean_error": math.nan if none else float(errors.mean()),
         "recovered": int(again.flatten(1).all(1).sum()),
     }
+
+
+def _standard_error(values: Tensor) -> float | None:
+    """Of the mean of the values (n,)."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

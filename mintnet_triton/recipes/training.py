@@ -188,6 +188,7 @@ def train(
     Raises:
         DivergedError: names the step, and the last good checkpoint.
         RunError: the folder cannot be written to, or holds another run.
+        CheckpointError: the checkpoint to go on from is damaged.
         ValueError: an argument outside its range.
     """
     if checkpoint_every < 1:
@@ -350,9 +351,16 @@ class _Loop:
 
     def _checkpoint(self, training_loss: float) -> Path:
         state = self.state
+        if not state.finite():
+            raise self._diverged("a weight is not finite")
         score = training_loss
         if self.held_out is not None:
-            score, metric = self._validate(self.held_out)
+            try:
+                score, metric = self._validate(self.held_out)
+            except NonFiniteError as error:
+                raise self._diverged(f"on held-out images, {error}") from error
+            if not math.isfinite(score):
+                raise self._diverged(f"the loss on held-out images is {score}")
             self._log(
                 {
                     "step": state.step,
@@ -360,8 +368,6 @@ class _Loop:
                     f"validation_{self.objective.metric}": metric,
                 }
             )
-        if not state.finite():
-            raise self._diverged("a weight is not finite")
         best = score < state.best
         state.best = min(score, state.best)
         if self.writes:

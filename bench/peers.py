@@ -49,8 +49,8 @@ def library(name: str) -> Any:
     """
     try:
         with warnings.catch_warnings():
-            # FrEIA 0.2 writes "\\m" in a docstring, which Python says when it first compiles it.
-            warnings.filterwarnings("ignore", "invalid escape sequence")
+            # Python warns of an escape in a docstring of FrEIA 0.2 when it compiles it.
+            warnings.filterwarnings("ignore", ".*invalid escape sequence")
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:  # what it needs itself is missing

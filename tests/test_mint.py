@@ -166,7 +166,8 @@ def test_nothing_of_size_k_times_k_times_image(kind: type[mint.MintLayer], large
         (y.sum() + log_det.sum()).backward()
     hidden_layer = batch * channels * hidden * side**2
     weight = (channels * hidden) ** 2 * 9
-    assert (largest.numel > max(hidden_layer, weight)) == large
+    # Twice, for lines of pixels have zeros at their ends, and a group of samples may not be full.
+    assert (largest.numel > 2 * max(hidden_layer, weight)) == large
 
 
 def test_half_precision_and_autocast_keep_the_log_det_in_float32() -> None:

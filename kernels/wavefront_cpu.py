@@ -14,7 +14,6 @@ Groups of samples are independent; threads share them.
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from mintnet_triton.kernels.fronts import (
     steepest_share,
 )
 from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.threads_cpu import share
 
 #: lines that are added at once; :func:`add_lines` spells them out
 UNROLL = 8
@@ -575,25 +575,15 @@ def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: 
     group = -(-share_of_thread // rounds)
     units = weights.centre1.shape[1]
     skew = Skew(_colours_of_a_block(colours, units, order), height, width, radius, group)
-    share = steepest_share(weights, hidden)
+    steep = steepest_share(weights, hidden)
     blocks = [
-        _block(first, skew, weights, share, order) for first in range(0, colours, skew.colours)
+        _block(first, skew, weights, steep, order) for first in range(0, colours, skew.colours)
     ]
     wave = empty_wave(z)
     starts = range(0, batch, group)
-    parts = [starts[thread::threads] for thread in range(threads)]
+    # A thread does all that its groups need by itself: within a share, torch starts no threads.
     solve = partial(_solve_groups, z, weights, hidden, order, skew, blocks, wave)
-    if threads == 1:
-        solve(starts)
-        return wave
-    # A thread does all that its groups need by itself: torch's own threads would be in the way.
-    available = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(solve, parts):
-                pass  # an error is raised here
-    finally:
-        torch.set_num_threads(available)
+    share([starts[thread::threads] for thread in range(threads)], solve)
     return wave
 
 

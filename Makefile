@@ -26,10 +26,8 @@ lint: .venv/ready ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/ready ## the layer against the paper's formulas read literally
-	mkdir -p out
-	$(BIN)/python -m pytest bench --benchmark-json=out/layer.json
-	$(BIN)/python -m bench.ratios out/layer.json
+bench: .venv/ready ## how fast, against whom, how near the limit: tables and pictures
+	$(BIN)/python -m bench run
 
 clean:
 	rm -rf .venv out build dist *.egg-info

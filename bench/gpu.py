@@ -1,18 +1,16 @@
 """``python -m bench.gpu``: the tests that need a GPU, and the times of every case on one.
 
-First the tests run and, beside them, everything is compiled; then the cases of :mod:`bench.cases`
-are timed one by one, the most important first, until the time is up. gpu.json and gpu.md hold what
-is known after every case, so that nothing is lost when the run is stopped; tests.txt and
-compile.txt hold what the first part printed.
+First the tests run and, beside them, everything is compiled; then the tasks of :mod:`bench.run` and
+of :mod:`bench.kernels` are measured one by one, the most important first, until the time is
+up. run.json and run.md hold what is known after every case, so that nothing is lost when the run is
+stopped; tests.txt and compile.txt hold what the first part printed. ``python -m bench`` compares
+and draws the result as any other.
 """
 
 import argparse
 import contextlib
-import datetime
 import gc
-import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -22,12 +20,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.cases import Extent
+    from bench.run import Task
 
 ROOT = Path(__file__).resolve().parents[1]
-REPORT = "gpu.json"
+REPORT = "run.json"
 
 #: of the time, for tests and compilation
 FIRST_PART = 0.5
@@ -75,13 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from bench import machine
+    from bench.run import errors
+
     if not (options.dry_run or torch.cuda.is_available()):
         print("bench.gpu needs a CUDA device; --dry-run tries it on a CPU", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     options.until = start + 60 * options.minutes
-    report: Report = {"machine": machine(options), "tests": {}, "results": {}}
+    about = {"extent": extent(options), "dry run": options.dry_run}
+    about = machine.describe(the_device(options), options.commit) | about
+    report: Report = {"machine": about, "tests": {}, "results": {}}
     write(options.out, report)
     report["tests"] = test_and_compile(options, start + FIRST_PART * 60 * options.minutes)
     report["tests"]["seconds"] = time.time() - start
@@ -90,43 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = read(options.out)
     report["seconds"] = time.time() - start
     write(options.out, report)
-    print((options.out / "gpu.md").read_text(encoding="utf-8"))
+    print((options.out / "run.md").read_text(encoding="utf-8"))
     bad = [name for name in ("failed", "error", "unfinished") if report["tests"].get(name)]
-    return 1 if bad or any(errors(report["results"])) else 0
-
-
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-    import triton
-
-    found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": options.commit or said_by("git", "rev-parse", "HEAD"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cores": os.cpu_count(),
-        "dry run": options.dry_run,
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = torch.backends.cudnn.version()
-        found["driver"] = said_by(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
-    return found
-
-
-def said_by(*command: str) -> str | None:
-    """What a program prints, or None if there is no such program or it fails."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-        )
-        return done.stdout.strip()
-    return None
+    return 1 if bad or errors(report["results"]) else 0
 
 
 def spawn(command: Sequence[str], output: Path | None, **environment: str) -> Any:
@@ -217,48 +189,62 @@ def outcomes(names: Sequence[str], text: str) -> dict[str, Any]:
     }
 
 
+def all_tasks(options: argparse.Namespace) -> "list[Task]":
+    """Those of any run, and the kernels' own; the most important first."""
+    from bench import kernels
+    from bench.run import Task, tasks
+
+    device = the_device(options)
+    found = tasks(device, extent(options)) + [
+        Task(section, name, run, run, priority)
+        for section, name, run, priority in kernels.all_parts(device, tiny=options.dry_run)
+    ]
+    return sorted(found, key=lambda task: task.priority)
+
+
 def compile_share(options: argparse.Namespace) -> int:
     """Run once what is to be compiled, every so many-th case."""
-    from bench.cases import Clock, all_cases, attempt
+    from bench.run import clock_for, measured
 
     share, shares = (int(number) for number in options.compile.split("/"))
-    device = the_device(options)
-    clock = Clock(device, once=True)
-    cases = [case for case in all_cases(device, tiny=options.dry_run) if case.compiles]
-    for case in cases[share::shares]:
-        start = time.time()
-        result = attempt(partial(case.run, clock))
-        print(f"{case.section}: {case.name}: {time.time() - start:.1f} s {result}", flush=True)
-        if not usable(device):
+    clock = clock_for(the_device(options), extent(options), once=True)
+    to_compile = [
+        task._replace(run=task.compile) for task in all_tasks(options) if task.compile is not None
+    ]
+    for task in to_compile[share::shares]:
+        result = measured(task, clock)
+        print(f"{task.section}: {task.name}: {result}", flush=True)
+        if not usable(clock.device):
             return 3
     return 0
 
 
 def measure(options: argparse.Namespace) -> int:
     """Measure what the report lacks; 3 if the GPU is of no use to this process any more."""
-    from bench.cases import Clock, all_cases, attempt
+    from bench.run import clock_for, measured
 
-    device = the_device(options)
-    clock = Clock(device)
+    clock = clock_for(the_device(options), extent(options))
     report = read(options.out)
-    for case in all_cases(device, tiny=options.dry_run):
-        section = report["results"].setdefault(case.section, {})
-        if case.name in section:
+    for task in all_tasks(options):
+        section = report["results"].setdefault(task.section, {})
+        if task.name in section:
             continue
         if time.time() > options.until:
-            section[case.name] = {"skipped": "no time left"}
+            section[task.name] = {"status": "skipped", "reason": "no time left"}
             continue
-        section[case.name] = {"error": "the process ended or was stopped in this case"}
+        reason = "the process ended or was stopped in this case"
+        section[task.name] = {"status": "failed", "reason": reason}
         write(options.out, report)
-        start = time.time()
-        result = attempt(partial(case.run, clock))
-        section[case.name] = result if isinstance(result, dict) else {"error": result}
-        section[case.name]["seconds"] = time.time() - start
+        section[task.name] = measured(task, clock)
         write(options.out, report)
-        if not usable(device):
+        if not usable(clock.device):
             return 3
     write(options.out, report)
     return 0
+
+
+def extent(options: argparse.Namespace) -> "Extent":
+    return "tiny" if options.dry_run else "full"
 
 
 def the_device(options: argparse.Namespace) -> Any:
@@ -298,59 +284,38 @@ def supervise(options: argparse.Namespace) -> None:
 
 
 def read(out: Path) -> Report:
-    report: Report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    return report
+    from bench import run
+
+    return run.read(out / REPORT)
 
 
 def write(out: Path, report: Report) -> None:
-    """Replace both files as a whole, so that neither is ever half written."""
-    for name, text in ((REPORT, json.dumps(report, indent=1)), ("gpu.md", render(report))):
-        part = out / f"{name}.part"
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(out / name)
+    """Write the report, and what it says."""
+    from bench import run
 
-
-def errors(results: dict[str, Any]) -> list[str]:
-    """The texts of what went wrong, with the names of the cases; lack of memory is no fault."""
-    found = []
-    for section, cases in results.items():
-        for name, case in cases.items():
-            for part, value in case.items():
-                if isinstance(value, str) and part != "skipped" and value != "out of memory":
-                    found.append(f"{section}: {name}: {part}: {value}")
-    return found
+    run.write(out / REPORT, report)
+    (out / "run.md").write_text(render(report) + "\n", encoding="utf-8")
 
 
 def render(report: Report) -> str:
-    """The report as tables in Markdown."""
+    """The report as tables in Markdown: tests, what any run has, and the kernels' own."""
+    from bench.report import render as render_run
+
     results = report["results"]
-    lines = ["# On a GPU", ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     tests = {name: value for name, value in report["tests"].items() if name != "not passed"}
-    lines += ["", "## Tests", "", ", ".join(f"{name} {value}" for name, value in tests.items())]
+    lines = [render_run(report), "", "## Tests", ""]
+    lines.append(", ".join(f"{name} {value}" for name, value in tests.items()))
     lines += [f"- {name}" for name in report["tests"].get("not passed", [])]
-    lines += render_conv(results.get("conv2", {}))
-    lines += render_layers(results.get("layer", {}), results.get("graph", {}))
+    lines += render_rows(results.get("rows", {}))
     lines += render_kernels(results.get("kernels", {}))
-    lines += render_sampling(results.get("sampling", {}))
     lines += render_tiles(results.get("tiles", {}))
-    skipped = [
-        f"- {section}: {name}"
-        for section, cases in results.items()
-        for name, case in cases.items()
-        if "skipped" in case
-    ]
-    lines += ["", "## Errors", "", *(f"- {text}" for text in errors(results))]
-    lines += ["", "## Not measured, for lack of time", "", *skipped]
     return "\n".join(lines)
 
 
 def cell(value: Any, key: str = "ms") -> str:
-    """A number of a result as a cell: empty if there is none, short if it is an error."""
+    """A number of a result as a cell: empty if there is none."""
     if isinstance(value, dict):
         value = value.get(key)
-    if isinstance(value, str):
-        return "no memory" if value == "out of memory" else "error"
     return "" if value is None else f"{value:.4g}"
 
 
@@ -362,42 +327,11 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> l
     return ["", f"## {title}", "", *heads, *body]
 
 
-def render_conv(cases: dict[str, Any]) -> list[str]:
-    rivals = ("ours", "op", "cudnn", "cudnn padded")
-    rows = []
-    for name, case in cases.items():
-        found = {rival: case.get(rival) for rival in rivals}
-        times = {rival: result["ms"] for rival, result in found.items() if isinstance(result, dict)}
-        dense = [times[rival] for rival in rivals[2:] if rival in times]
-        ratio = f"{min(dense) / times['ours']:.2f}x" if dense and "ours" in times else ""
-        rates = [cell(found["ours"], f"TFLOP/s {count}") for count in ("exact", "dense")]
-        rows.append([name, *(cell(found[rival]) for rival in rivals), ratio, *rates])
-    header = ("case", "ours", "our op", "cuDNN", "cuDNN, padded", "speed", "exact", "dense")
-    return table("Middle convolution: ms, speed against cuDNN, our TFLOP/s", header, rows)
-
-
-def render_layers(layers: dict[str, Any], graphs: dict[str, Any]) -> list[str]:
-    rows: dict[str, dict[str, Any]] = {}
-    columns: list[str] = []
-    for cases, suffix in ((layers, ""), (graphs, " in a graph")):
-        for name, case in cases.items():
-            key, rival = name.rsplit(", ", 1)
-            rows.setdefault(key, {})[rival + suffix] = case
-            if rival + suffix not in columns:
-                columns.append(rival + suffix)
-    lines = []
-    for title, work, key in (
-        ("Forward with log-det: ms", "forward", "ms"),
-        ("Training step: ms", "training", "ms"),
-        ("Training step: peak memory, MiB", "training", "MiB"),
-        ("Inversion, 20 iterations: ms", "inversion", "ms"),
-    ):
-        body = [
-            [name, *(cell(row.get(column, {}).get(work), key) for column in columns)]
-            for name, row in rows.items()
-        ]
-        lines += table(title, ["case", *columns], [row for row in body if any(row[1:])])
-    return lines
+def render_rows(cases: dict[str, Any]) -> list[str]:
+    found = {name: case["ms"] for name, case in cases.items() if "ms" in case}
+    names = list(next(iter(found.values()), {}))
+    rows = [[case, *(cell(row, name) for name in names)] for case, row in found.items()]
+    return table("Middle convolution on padded rows: ms", ["case", *names], rows)
 
 
 def render_kernels(cases: dict[str, Any]) -> list[str]:
@@ -422,12 +356,6 @@ def render_kernels(cases: dict[str, Any]) -> list[str]:
         ]
         lines += table(title, ["case", *columns], rows)
     return lines
-
-
-def render_sampling(cases: dict[str, Any]) -> list[str]:
-    keys = ("ms", "ms of the paper's", "residual", "not converged", "by wavefront")
-    rows = [[name, *(cell(case, key) for key in keys)] for name, case in cases.items()]
-    return table("Sampling", ["case", *keys], rows)
 
 
 def render_tiles(cases: dict[str, Any]) -> list[str]:

@@ -1,26 +1,387 @@
+import copy
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 
-from bench import gpu
-from bench.cases import CIFAR10, MNIST, all_cases
-from bench.ratios import ratios
+from bench import __main__, compare, gpu, machine, plot, race, report, rivals, run, timing
+from bench.cases import CIFAR10, FLOAT32, MNIST, SWEEPS, TINY, Case, all_cases, make_layer
+from bench.ceilings import flops_of
+from bench.timing import Clock
+from mintnet_triton import MaskedConv2d, MintLayer
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
-def test_ratio_is_naive_over_ours() -> None:
-    result = {
-        "benchmarks": [
-            {"group": "a", "extra_info": {"rival": "naive"}, "stats": {"median": 6.0}},
-            {"group": "a", "extra_info": {"rival": "mintnet_triton"}, "stats": {"median": 1.5}},
-        ]
+class Machine:
+    """A clock without time, and work that takes as long as it says, on a machine that varies."""
+
+    def __init__(self, slowness: Callable[[int], float] = lambda _: 1.0) -> None:
+        self.time, self.calls = 0.0, list[str]()
+        self.slowness = slowness
+
+    def now(self) -> float:
+        return self.time
+
+    def work(self, name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            self.time += seconds * self.slowness(len(self.calls))
+            self.calls.append(name)
+
+        return call
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
+
+
+def test_race_takes_every_rival_once_a_round_in_changing_order() -> None:
+    fake = Machine()
+    clock = Clock(CPU, seconds=1.0, rounds=(2, 8), now=fake.now)
+    times = clock.race({"fast": fake.work("fast", 0.01), "slow": fake.work("slow", 0.04)})
+    assert {name: len(values) for name, values in times.items()} == {"fast": 8, "slow": 8}
+    assert times["fast"] == pytest.approx([10.0] * 8)
+    assert times["slow"] == pytest.approx([40.0] * 8)
+    in_rounds = fake.calls[4:]  # a call to warm up and one to estimate
+    pairs = list(zip(in_rounds[::2], in_rounds[1::2], strict=True))
+    assert set(pairs) == {("fast", "slow"), ("slow", "fast")}
+
+
+def test_ratio_does_not_see_a_machine_that_slows_down() -> None:
+    fake = Machine(slowness=lambda calls: 1.0 + calls / 10)
+    clock = Clock(CPU, seconds=10.0, rounds=(2, 21), now=fake.now)
+    times = clock.race({"a": fake.work("a", 0.01), "b": fake.work("b", 0.03)})
+    assert timing.spread(times["b"]).high > 1.3 * timing.spread(times["b"]).low
+    median, low, high = timing.ratio(times["b"], times["a"])
+    assert median == pytest.approx(3.0, rel=0.1)
+    assert high - low < 0.5
+
+
+def test_work_too_short_for_the_clock_is_repeated() -> None:
+    fake = Machine()
+    clock = Clock(CPU, seconds=1.0, rounds=(3, 3), now=fake.now)
+    (times,) = clock.race({"a": fake.work("a", 1e-4)}).values()
+    assert times == pytest.approx([0.1] * 3)
+    assert len(fake.calls) == 2 + 3 * round(timing.SHORTEST / 1e-4)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 5), (1.0, 10), (100.0, 30)])
+def test_rounds_fill_the_seconds_within_bounds(seconds: float, rounds: int) -> None:
+    fake = Machine()
+    clock = Clock(CPU, seconds=seconds, rounds=(5, 30), now=fake.now)
+    assert len(clock.race({"a": fake.work("a", 0.0999)})["a"]) == rounds
+
+
+def test_peak_of_memory() -> None:
+    """Of a process that returns freed memory, as blocks of this size are anyway."""
+    peak = timing.peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8).max(), CPU)
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 60 < peak < 90
+
+
+LAYER = Case("layer", "layer", FLOAT32, 2, ("forward", "training"), ("torch", "naive"), scale=TINY)
+
+
+def wrong_forward(layer: MintLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    y, log_det = MintLayer._forward(layer, x)
+    return y, log_det * 1.001
+
+
+class WrongLayer(MintLayer):
+    _forward = wrong_forward
+
+
+def spoil(module: torch.nn.Module) -> torch.nn.Module:
+    module.__class__ = WrongLayer
+    return module
+
+
+def test_a_wrong_rival_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rivals.RIVALS, "naive", rivals.Rival(prepare=spoil, backend="torch"))
+    result = race.measure(LAYER, Clock(CPU, rounds=(2, 2), seconds=0))
+    for pass_ in LAYER.passes:
+        found = result["passes"][pass_]["rivals"]
+        assert found["naive"]["status"] == "wrong"
+        assert "log_det" in found["naive"]["reason"]
+        assert "ms" not in found["naive"]
+        assert len(found["torch"]["ms"]) == 2
+    assert len(run.errors({"layer": {"a": result}})) == 2
+
+
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hooked(module: torch.nn.Module) -> torch.nn.Module:
+        next(module.parameters()).register_hook(lambda gradient: gradient * 1.001)
+        return module
+
+    monkeypatch.setitem(rivals.RIVALS, "naive", rivals.Rival(prepare=hooked, backend="torch"))
+    found = race.measure(LAYER, Clock(CPU, rounds=(2, 2), seconds=0))["passes"]
+    assert "ms" in found["forward"]["rivals"]["naive"]
+    assert found["training"]["rivals"]["naive"]["status"] == "wrong"
+
+
+def test_a_wrong_inverse_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(target: rivals.Target) -> rivals.Inversion:
+        right = rivals.one_by_one(target, cached=True)
+        return right._replace(work=lambda: right.work() + 0.01)
+
+    monkeypatch.setitem(rivals.INVERSIONS, "paper", off)
+    case = replace(LAYER, passes=("inverse",), inversions=("paper", "one by one"))
+    found = race.measure(case, Clock(CPU, rounds=(2, 2), seconds=0))["passes"]["inverse"]["rivals"]
+    assert found["paper"]["status"] == "wrong"
+    assert found["one by one"]["extrapolated"]
+
+
+def test_what_is_not_to_be_had_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(module: torch.nn.Module) -> rivals.Map:
+        raise rivals.UnavailableError("there is no compiler")
+
+    monkeypatch.setitem(rivals.RIVALS, "naive", rivals.Rival(wrap=unavailable))
+    result = race.measure(LAYER, Clock(CPU, rounds=(2, 2), seconds=0))
+    status = result["passes"]["forward"]["rivals"]["naive"]
+    assert status == {"status": "unavailable", "reason": "there is no compiler"}
+    assert not run.errors({"layer": {"a": result}})
+
+
+@pytest.mark.parametrize("triangle", ["lower", "upper"])
+@pytest.mark.parametrize("order", ["channel", "pixel"])
+def test_one_by_one_solves_what_it_says(order: str, triangle: str) -> None:
+    layer = make_layer(TINY, order=order, triangle=triangle)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    z = copy.deepcopy(layer).double()(x)[0].detach()
+    for cached in (False, True):
+        inversion = rivals.one_by_one(rivals.Target(layer.double(), x, z), cached=cached)
+        assert inversion.times * len(inversion.expected) == 2 * 3 * 3
+        torch.testing.assert_close(inversion.work(), inversion.expected, rtol=0, atol=1e-4)
+        layer.float()
+
+
+def test_flops_are_what_the_mask_leaves() -> None:
+    pytest.importorskip("triton")
+    conv = MaskedConv2d(4, 4, 3, colours=2)
+    left = 0
+    weight = conv.masked_weight() != 0
+    for row in range(3):
+        for column in range(3):
+            inside = (5 - abs(row - 1)) * (4 - abs(column - 1))
+            left += int(weight[:, :, row, column].sum()) * inside
+    assert flops_of(conv, (7, 4, 5, 4)) == 2 * 7 * left
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_exponent_of_a_power_law(power: float) -> None:
+    sizes = [1, 2, 4, 8, 16]
+    assert report.exponent(sizes, [3 * size**power for size in sizes]) == pytest.approx(power)
+    # What is constant for small sizes does not count.
+    values = [max(3 * size**power, 3 * 4**power) for size in sizes]
+    assert report.exponent(sizes, values) == pytest.approx(power)
+    with pytest.raises(ValueError, match="three points, got 2"):
+        report.exponent([1, 2], [1, 2])
+
+
+def synthetic(ours: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """A result as a run writes it, with times around what is asked for; naive is 4 times slower."""
+    random = np.random.default_rng(seed)
+
+    def timed(median: float, **more: Any) -> dict[str, Any]:
+        return {"ms": list(median * random.uniform(0.98, 1.02, 15)), "error": 1e-7, **more}
+
+    def case(batch: int, scale: Any, **others: Any) -> dict[str, Any]:
+        rivals = {"ours": timed(ours * batch, MiB=2.0 * batch, executed=3e9), **others}
+        rivals["naive"] = timed(4.0 * batch, MiB=8.0 * batch)
+        race_ = {"rivals": rivals, "flops": 2e9, "bytes": 1e6}
+        return {
+            "mode": "float32", "batch": batch, **scale._asdict(),
+            "passes": {"forward": race_, "training": copy.deepcopy(race_)},
+        }  # fmt: skip
+
+    compiled = {"status": "unavailable", "reason": "there is no C++ compiler"}
+    points = [{"iterations": 1, "seconds": 0.1, "errors": [0.1, None]}]
+    row = {"worst residual": 1e-7, "not converged": 1, "samples": 16}
+    growing = [replace_size(CIFAR10[0], size) for size in (8, 16, 32)]
+    return {
+        "machine": {"processor": "Some CPU", "cores": 2, "commit": "abc"},
+        "results": {
+            "ceilings": {"float32": {"matrix product": 5.0, "convolution": 4.0, "copy": 20.0}},
+            "layer": {
+                "one": case(8, CIFAR10[0], torch=timed(6.0), compiled=compiled),
+                "two": case(8, CIFAR10[1], compiled={"status": "wrong", "reason": "y is off"}),
+            },
+            "growing batch": {f"b{n}": case(n, CIFAR10[0]) for n in (1, 2, 4, 8)},
+            "growing image": {str(scale): case(scale.size**2, scale) for scale in growing},
+            "solvers": {
+                "net": {"solvers": {"paper": row | timed(100.0), "Auto()": row | timed(1.0)}}
+            },
+            "curves": {
+                "one layer": {
+                    "curves": {"α = 1": points, "Auto": [points[0] | {"iterations": None}]},
+                    "paper seconds": 3.0,
+                }
+            },
+        },
     }
-    assert ratios(result) == {"a": pytest.approx(4.0)}
+
+
+def replace_size(scale: Any, size: int) -> Any:
+    return scale._replace(size=size)
+
+
+def test_tables_of_a_result() -> None:
+    found = report.tables(synthetic())
+    (table,) = (text for title, text in found.items() if title.startswith("Layer, forward"))
+    first, second = table.splitlines()[2:]
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    header = [cell.strip() for cell in table.splitlines()[0].split("|")[1:-1]]
+    row = dict(zip(header, cells, strict=True))
+    assert row["naive"].startswith("4.0x (")
+    assert row["torch"].startswith("0.75x (")
+    assert row["compiled"] == "unavailable"
+    # 2 GFLOP in 8 ms of 4 TFLOP/s
+    assert row["share of the convolution ceiling"] == "6%"
+    assert row["flops executed, of the exact"] == "1.50"
+    assert "wrong" in second
+    assert "against torch" in found["Where we lose"]
+    assert "naive" not in found["Where we lose"]
+    assert found["What went wrong"].count("y is off") == 2
+    assert "no C++ compiler" in found["Not to be had here"]
+    growth = found["Cost as work grows: time ~ (what grows) ^ exponent"]
+    exponents = {line.split("|")[1].strip(): float(line.split("|")[-2]) for line in
+                 growth.splitlines()[2:]}  # fmt: skip
+    assert exponents == {"batch": pytest.approx(1, abs=0.05), "size": pytest.approx(2, abs=0.05)}
+    assert "| 16 | 64 |" in found["Peak memory, MiB"]
+    assert "| Auto() | 0.010 | 1e-07 | 1 of 16 |" in found["Solvers on a net"]
+
+
+def test_the_faster_dense_convolution_counts() -> None:
+    found = {"ours": {"ms": [1.0]}, "dense": {"ms": [3.0]}, "dense, channels last": {"ms": [2.0]}}
+    assert report.speed(found, "dense") == (2.0, 2.0, 2.0)
+    found["dense, channels last"] = {"ms": [5.0]}
+    assert report.speed(found, "dense") == (3.0, 3.0, 3.0)
+
+
+def test_times_of_a_cpu_are_not_told_but_those_of_a_gpu() -> None:
+    result = synthetic()
+    assert "ours, ms" not in report.render(result)
+    result["machine"]["gpu"] = "NVIDIA H100"
+    assert "ours, ms" in report.render(result)
+
+
+def test_pictures_of_a_result(tmp_path: Path) -> None:
+    figures = plot.figures(synthetic())
+    assert figures.keys() == {"speed", "roofline", "scaling", "memory", "sampling"}
+    for figure in figures.values():
+        for axis in figure.axes:
+            assert axis.lines or axis.collections or axis.patches
+        assert figure.axes[-1].get_xlabel()
+    assert "pixels" in figures["scaling"].axes[-1].get_xlabel()
+    bars = figures["speed"].axes[0].patches
+    lengths = [bar.get_width() for bar in bars if isinstance(bar, Rectangle)]
+    assert max(lengths) == pytest.approx(4.0, rel=0.05)
+    assert all(path.stat().st_size > 1000 for path in plot.save(synthetic(), tmp_path))
+    assert not plot.figures({"results": {}})
+
+
+def test_compare_finds_a_slow_down() -> None:
+    found = compare.compare(synthetic(), synthetic(1.2, seed=1))
+    assert all(change.slower for change in found.changes)
+    assert found.changes[0].ratio.median == pytest.approx(1.2, abs=0.05)
+    assert not any(change.slower for change in compare.compare(synthetic(), synthetic(seed=1))[1])
+
+
+def test_compare_knows_a_slow_machine_from_slow_code() -> None:
+    slow = synthetic(seed=1)
+    for entry in run.entries(slow["results"]):
+        if "ms" in entry.found:
+            entry.found["ms"] = [1.5 * time for time in entry.found["ms"]]
+    found = compare.compare(synthetic(), slow)
+    assert found.drift == pytest.approx(1.5, abs=0.05)
+    assert not any(change.slower for change in found.changes)
+
+
+def test_compare_tells_what_is_wrong_now(tmp_path: Path) -> None:
+    wrong = synthetic(seed=1)
+    rivals_ = wrong["results"]["layer"]["one"]["passes"]["forward"]["rivals"]
+    rivals_["ours"] = {"status": "wrong", "reason": "y is off"}
+    assert compare.compare(synthetic(), wrong).lost == ["layer: one: forward: ours: y is off"]
+
+
+def test_command_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = synthetic()
+    other["machine"]["cores"] = 4
+    paths = {}
+    for name, result in (
+        ("old", synthetic()), ("same", synthetic(seed=1)), ("slow", synthetic(1.2)),
+        ("other", other),
+    ):  # fmt: skip
+        paths[name] = tmp_path / f"{name}.json"
+        run.write(paths[name], result)
+    expected = {"same": 0, "slow": 1, "other": 2}
+    codes = {
+        name: __main__.main(["compare", str(paths["old"]), str(paths[name])]) for name in expected
+    }
+    assert codes == expected
+    printed = capsys.readouterr()
+    assert "| slower |" in printed.out
+    assert "different machines" in printed.err
+    assert __main__.main(["report", str(paths["old"])]) == 0
+    assert __main__.main(["plot", str(paths["old"])]) == 0
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ({"processor": "AMD EPYC Zen4", "cores": 2}, "amd-epyc-zen4-2-cores"),
+        ({"processor": "Intel(R) Xeon(R) 8488C", "cores": 4}, "intel-xeon-8488c-4-cores"),
+        ({"processor": "x", "cores": 16, "gpu": "NVIDIA H100 80GB HBM3"}, "nvidia-h100-80gb-hbm3"),
+    ],
+)
+def test_name_of_a_machine(about: dict[str, Any], name: str) -> None:
+    assert machine.folder(about) == name
+
+
+def test_machine_is_described() -> None:
+    found = machine.describe(CPU)
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cores"] >= 1
+    assert found["processor"]
+
+
+def plain_environment() -> dict[str, str]:
+    """No interpreter, which the tests choose; and no C++ compiler, which would take its time."""
+    return {**os.environ, "TRITON_INTERPRET": "0", "CXX": "no-such-compiler", "PATH": ""}
+
+
+def test_run_from_end_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "run", "--extent", "tiny", "--threads", "1", "--out"]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=plain_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = run.read(tmp_path / "run.json")
+    assert result["machine"]["threads"] == 1
+    assert result["results"].keys() == {
+        "ceilings", "convolution", "layer", "model", "growing batch",
+    }  # fmt: skip
+    for entry in run.entries(result["results"]):
+        unavailable = entry.rival in ("compiled", "ours, graph")
+        assert ("status" if unavailable else "ms") in entry.found, entry
+        if entry.section == "growing batch":
+            assert "MiB" in entry.found
+    assert str(tmp_path) in done.stdout.splitlines()[-1]
+    assert (tmp_path / "run.md").read_text().splitlines()[-1] in done.stdout
+    assert (tmp_path / "scaling.png").exists()
 
 
 def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
@@ -29,16 +390,14 @@ def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
         [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["machine"]["dry run"]
-    assert report["results"].keys() == {
-        "conv2", "kernels", "layer", "sampling", "graph", "tiles",
+    report_ = json.loads((tmp_path / "run.json").read_text())
+    assert report_["machine"]["dry run"]
+    assert report_["results"].keys() == {
+        "ceilings", "convolution", "layer", "model", "growing batch", "kernels", "rows", "tiles",
     }  # fmt: skip
-    assert not gpu.errors(report["results"])
-    rivals = {name.rsplit(", ", 1)[1] for name in report["results"]["layer"]}
-    assert rivals == {"ours", "torch", "naive", "compiled"}
-    tables = (tmp_path / "gpu.md").read_text()
-    for title in ("Middle convolution", "Forward", "Training", "Inversion", "Sampling", "Tiles"):
+    assert not run.errors(report_["results"])
+    tables = (tmp_path / "run.md").read_text()
+    for title in ("Layer, forward", "Layer, inversion", "Middle convolution", "Tests", "Tiles"):
         assert f"## {title}" in tables
 
 
@@ -46,11 +405,24 @@ def test_a_run_ends_within_eight_minutes() -> None:
     assert 60 * gpu.parse([]).minutes + gpu.GRACE <= 8 * 60 - 5  # some seconds to start and to end
 
 
-def test_the_middle_convolution_is_timed_at_every_scale() -> None:
-    cases = all_cases(torch.device("cpu"))
-    names = {case.name.rsplit(", ", 1)[0] for case in cases if case.section == "conv2"}
-    scales = [*CIFAR10, *MNIST]
-    assert names == {f"{scale}, {batch}" for scale in scales for batch in (32, 128)}
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_full_table_has_every_scale_and_names_every_case_once(device: str) -> None:
+    cases = all_cases(torch.device(device), "full")
+    for section in ("convolution", "layer"):
+        scales = {case.scale for case in cases if case.section == section}
+        assert scales == {*CIFAR10, *MNIST}
+    assert {case.preset for case in cases if case.subject == "model"} == {"mnist", "cifar10"}
+    assert {case.section for case in cases} >= SWEEPS.keys()
+    names = [(case.section, case.name, pass_) for case in cases for pass_ in case.passes]
+    assert len(names) == len(set(names))
+    known: dict[str, Collection[str]] = {
+        "forward": rivals.RIVALS,
+        "training": rivals.RIVALS,
+        "inverse": rivals.INVERSIONS,
+    }
+    for case in cases:
+        for pass_ in case.passes:
+            assert set(case.rivals_of(pass_)) <= set(known[pass_])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -81,11 +453,16 @@ tests/test_a.py::test_4"""
 
 
 def test_what_went_wrong_is_listed() -> None:
+    oom = {"status": "out of memory", "reason": ""}
     results = {
         "layer": {
-            "a": {"forward": {"ms": 1.0}, "training": "out of memory"},
-            "b": {"forward": "WrongResultError: y", "seconds": 1.0},
-            "c": {"skipped": "no time left"},
+            "a": {"passes": {"forward": {"rivals": {"naive": oom, "ours": {"ms": [1.0]}}}}},
+            "b": {"passes": {"forward": {"rivals": {"ours": {"status": "wrong", "reason": "y"}}}}},
+            "c": {"status": "skipped", "reason": "no time left"},
+            "d": {"status": "failed", "reason": "it hangs"},
         }
     }
-    assert gpu.errors(results) == ["layer: b: forward: WrongResultError: y"]
+    assert run.errors(results) == [
+        "layer: b: forward: ours: wrong: y",
+        "layer: d: failed: it hangs",
+    ]

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import mintnet_triton as mint
-from bench.cases import CIFAR10, MNIST, Scale, capture, collect, make_layer, relative_rms
+from bench.cases import CIFAR10, MNIST, Scale, make_layer, relative_rms
+from bench.race import collect
+from bench.timing import capture
 from mintnet_triton.kernels import _launch, inversion, mint_layer
 from tests.grid import TOLERANCES, dtype_of, precision_of
 
@@ -55,7 +57,7 @@ def step(layer: mint.MintLayer, x: Tensor, upstream: tuple[Tensor, Tensor]) -> R
     torch.autograd.backward((y, log_det), upstream)
     with torch.no_grad():
         _, diagonal = layer.forward_and_diagonal(x)
-    return {**collect(layer, x, y, log_det), "diagonal": diagonal}
+    return {**collect(layer, x, {"y": y, "log_det": log_det}), "diagonal": diagonal}
 
 
 def truth(layer: mint.MintLayer, x: Tensor, upstream: tuple[Tensor, Tensor]) -> Results:

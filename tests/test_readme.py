@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.ratios import table
+from bench import report
+from bench.run import read
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -22,9 +23,21 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "flow.safetensors").exists()
 
 
-def test_the_table_of_speeds_is_that_of_the_committed_result() -> None:
-    result = README.parent / "bench" / "results" / "amd-epyc-zen3-2-cores" / "layer.json"
-    assert table(result) in README.read_text(encoding="utf-8")
+def tables_from_results(text: str) -> list[tuple[str, str, str]]:
+    """File, heading and rows of the tables that follow a comment ``<!-- FILE: HEADING -->``."""
+    return re.findall(r"^<!-- (bench/\S+\.json): (.+?) -->\n+((?:\|.*\n)+)", text, re.MULTILINE)
+
+
+def test_tables_are_found() -> None:
+    text = "a\n<!-- bench/results/m/run.json: Layer, x: y -->\n\n| a |\n| - |\n| 1 |\n\nb\n| c |\n"
+    assert tables_from_results(text) == [
+        ("bench/results/m/run.json", "Layer, x: y", "| a |\n| - |\n| 1 |\n")
+    ]
+
+
+def test_tables_of_speed_are_those_of_committed_results() -> None:
+    for file, heading, rows in tables_from_results(README.read_text(encoding="utf-8")):
+        assert rows.strip() == report.tables(read(README.parent / file))[heading], heading
 
 
 def test_the_table_of_work_is_that_of_the_kernels() -> None:

@@ -1,0 +1,168 @@
+"""A run: everything of the table, measured one after the other, in one result file.
+
+A result has the machine, and under "results" sections of cases. Of a race: its mode, batch and
+scale, and "passes", each with the "rivals": a rival has its times in "ms", by round, with the
+"error" that it was judged by; or a "status" and the "reason" why it has none.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import machine, memory
+from bench.cases import BFLOAT16, FLOAT16, FLOAT32, TF32, Extent, all_cases
+from bench.ceilings import measure_ceilings
+from bench.race import Result, compile_kernels, measure, verdict
+from bench.sampling import measure_curves, measure_solvers
+from bench.timing import Clock
+from mintnet_triton.kernels.backend import INTERPRETED
+
+
+class Task(NamedTuple):
+    """Something to measure, for one entry of a result."""
+
+    section: str
+    name: str
+    run: Callable[[Clock], Result]
+    #: what is worth running before, so that nothing is compiled while time is short
+    compile: Callable[[Clock], Result] | None = None
+    priority: int = 0
+
+
+def tasks(device: torch.device, extent: Extent) -> list[Task]:
+    """All that a run measures, the most important first."""
+    gpu = device.type == "cuda"
+    modes = [FLOAT32, TF32, BFLOAT16, FLOAT16] if gpu else [FLOAT32, BFLOAT16]
+    if extent == "tiny":
+        modes = modes[:1]
+    found = [Task("ceilings", mode.name, partial(measure_ceilings, mode, extent)) for mode in modes]
+    found += [
+        Task(
+            case.section, case.name, partial(measure, case),
+            partial(compile_kernels, case) if case.priority < 2 else None, case.priority,
+        )
+        for case in all_cases(device, extent)
+    ]  # fmt: skip
+    if extent != "tiny":
+        samples = 16 if extent == "full" else 2
+        name = f"trained network of 24 layers, {samples} samples"
+        found.append(Task("solvers", name, partial(measure_solvers, samples), priority=2))
+        curves = partial(measure_curves, samples=samples)
+        found.append(Task("curves", "one layer", partial(curves, True), priority=2))
+        if extent == "full":
+            found.append(Task("curves", "whole network", partial(curves, False), priority=2))
+    return sorted(found, key=lambda task: task.priority)
+
+
+def clock_for(device: torch.device, extent: Extent, *, once: bool = False) -> Clock:
+    """How long a race is: on a CPU, whose rounds differ, longer."""
+    if device.type == "cuda":
+        return Clock(device, seconds=0.3, rounds=(10, 100), once=once)
+    seconds, rounds = {"tiny": (0.0, (2, 2)), "quick": (0.3, (3, 30)), "full": (1.5, (5, 60))}[
+        extent
+    ]
+    # In Triton's interpreter a call takes seconds, and its time says nothing.
+    return Clock(device, seconds=seconds, rounds=rounds, once=once or INTERPRETED)
+
+
+def measured(task: Task, clock: Clock) -> Result:
+    """The result of a task with the seconds it took; a verdict if all of it went wrong."""
+    start = time.perf_counter()
+    try:
+        result = task.run(clock)
+    except Exception as error:  # whatever it is, the other results are wanted
+        result = verdict(error)
+    gc.collect()
+    return result | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def run(device: torch.device, extent: Extent, path: Path) -> dict[str, Any]:
+    """Measure, with a bar of progress; the file is renewed after every case."""
+    from tqdm import tqdm  # here, for bench.gpu has to do without
+
+    result: dict[str, Any] = {
+        "machine": machine.describe(device) | {"extent": extent},
+        "results": {},
+    }
+    clock = clock_for(device, extent)
+    with tqdm(tasks(device, extent), unit="case") as bar:
+        for task in bar:
+            bar.set_postfix_str(f"{task.section}: {task.name}")
+            section = result["results"].setdefault(task.section, {})
+            section[task.name] = measured(task, clock)
+            write(path, result)
+    if device.type == "cpu":
+        add_memory(result["results"], memory.in_fresh_process(extent))
+        write(path, result)
+    return result
+
+
+def add_memory(results: dict[str, Any], peaks: dict[str, Any]) -> None:
+    """Put peaks of memory beside times; what was not timed has no peak either."""
+    for section, cases in peaks.items():
+        for name, passes in cases.items():
+            for pass_, rivals in passes.items():
+                timed = results[section][name].get("passes", {}).get(pass_, {}).get("rivals", {})
+                for rival, peak in rivals.items():
+                    if "ms" in timed.get(rival, {}):
+                        timed[rival]["MiB"] = peak
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Replace the file as a whole, so that it is never half written."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+class Entry(NamedTuple):
+    """A rival in one pass of a case."""
+
+    section: str
+    case: str
+    pass_: str
+    rival: str
+    found: Result
+
+    def __str__(self) -> str:
+        return f"{self.section}: {self.case}: {self.pass_}: {self.rival}"
+
+
+def entries(results: dict[str, Any]) -> Iterator[Entry]:
+    """Every rival of every race."""
+    for section, cases in results.items():
+        for name, case in cases.items():
+            for pass_, race in case.get("passes", {}).items():
+                for rival, found in race["rivals"].items():
+                    yield Entry(section, name, pass_, rival, found)
+
+
+def errors(results: dict[str, Any]) -> list[str]:
+    """What went wrong; that a rival is not to be had here, or lacks memory, is no fault."""
+    found = [
+        f"{entry}: {entry.found['status']}: {entry.found['reason']}"
+        for entry in entries(results)
+        if is_fault(entry.found)
+    ]
+    for section, cases in results.items():
+        found += [
+            f"{section}: {name}: {case['status']}: {case['reason']}"
+            for name, case in cases.items()
+            if is_fault(case)
+        ]
+    return found
+
+
+def is_fault(found: Result) -> bool:
+    return found.get("status") in ("wrong", "failed", "not converged")

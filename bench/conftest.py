@@ -14,5 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node")  # a machine's name says nothing of its speed
-    machine_info |= machine.describe(torch.device(config.getoption("device")))
+    about = machine.describe(torch.device(config.getoption("device")))
+    machine_info.clear()
+    # Date and commit stand elsewhere; here, they would make every run one of another machine.
+    machine_info |= {
+        name: value
+        for name, value in about.items()
+        if name not in ("date", "commit", "changed since")
+    }

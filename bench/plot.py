@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from bench.cases import SWEEPS
 from bench.report import PASSES, points, speed
@@ -38,35 +38,52 @@ def save(result: Result, folder: Path) -> list[Path]:
 
 def speeds(results: Result) -> Figure | None:
     """How many times as fast as each rival a layer is: median and quartiles."""
-    rivals = ("naive", "torch", "compiled")
-    cases = {
-        f"{name.replace(', batch', chr(10) + 'batch')}": case
-        for name, case in results.get("layer", {}).items()
-        if "passes" in case
+    cases = {name: case for name, case in results.get("layer", {}).items() if "passes" in case}
+    found = {
+        (pass_, rival, row): value
+        for row, case in enumerate(cases.values())
+        for pass_ in ("forward", "training")
+        for rival in ("naive", "torch", "compiled")
+        if (value := speed(case["passes"].get(pass_, {}).get("rivals", {}), rival)) is not None
     }
-    if not cases:
+    if not found:
         return None
+    rivals = list(dict.fromkeys(rival for _, rival, _ in found))
+    thickness = 0.8 / len(rivals)
     figure = Figure(figsize=(8, 1.2 + 0.55 * len(cases)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
     for axis, pass_ in zip(axes, ("forward", "training"), strict=True):
         for index, (rival, (colour, _)) in enumerate(zip(rivals, STYLES, strict=False)):
-            for row, case in enumerate(cases.values()):
-                value = speed(case["passes"].get(pass_, {}).get("rivals", {}), rival)
-                if value is None:
-                    continue
-                axis.barh(
-                    row + 0.25 * (index - 1), value.median, 0.22, color=colour,
-                    xerr=[[value.median - value.low], [value.high - value.median]],
-                    label=f"against {rival}" if axis.get_legend_handles_labels()[1].count(
-                        f"against {rival}") == 0 else None,
-                )  # fmt: skip
+            bars = {
+                row: value for (of, by, row), value in found.items() if (of, by) == (pass_, rival)
+            }
+            offset = thickness * (index - (len(rivals) - 1) / 2)
+            axis.barh(
+                [row + offset for row in bars],
+                [value.median - 1 for value in bars.values()],
+                0.9 * thickness,
+                left=1,  # as fast: what is slower goes to the left
+                color=colour,
+                xerr=[
+                    [value.median - value.low for value in bars.values()],
+                    [value.high - value.median for value in bars.values()],
+                ],
+                error_kw={"linewidth": 1, "ecolor": "#666666"},
+                label=f"against {rival}",
+            )
         axis.axvline(1, color="#666666", linewidth=0.8)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(PASSES[pass_], fontsize=9)
         axis.set_xlabel("times as fast as the rival")
-    axes[0].set_yticks(range(len(cases)), list(cases), fontsize=7)
+    axes[0].set_yticks(
+        range(len(cases)), [name.replace(", ", "\n", 1) for name in cases], fontsize=7
+    )
     axes[0].invert_yaxis()
-    axes[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", frameon=False,
+                  ncols=len(rivals), fontsize=8)  # fmt: skip
     return figure
 
 
@@ -120,7 +137,7 @@ def _growth(
     figure = Figure(figsize=(3.2 * len(present) + 1, 5.5), layout="constrained")
     if not present:
         return None
-    axes = figure.subplots(2, len(present), sharey="row", squeeze=False)
+    axes = figure.subplots(2, len(present), squeeze=False)
     drawn = False
     for row, pass_ in zip(axes, ("forward", "training"), strict=True):
         for axis, section in zip(row, present, strict=True):

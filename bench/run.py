@@ -51,12 +51,13 @@ def tasks(device: torch.device, extent: Extent) -> list[Task]:
     ]  # fmt: skip
     if extent != "tiny":
         samples = 16 if extent == "full" else 2
+        curves = partial(measure_curves, True, samples)
+        found.append(Task("curves", "one layer", curves, priority=2))
+    if extent == "full":
         name = f"trained network of 24 layers, {samples} samples"
         found.append(Task("solvers", name, partial(measure_solvers, samples), priority=2))
-        curves = partial(measure_curves, samples=samples)
-        found.append(Task("curves", "one layer", partial(curves, True), priority=2))
-        if extent == "full":
-            found.append(Task("curves", "whole network", partial(curves, False), priority=2))
+        curves = partial(measure_curves, False, samples)
+        found.append(Task("curves", "whole network", curves, priority=2))
     return sorted(found, key=lambda task: task.priority)
 
 

@@ -285,7 +285,7 @@ def test_pictures_of_a_result(tmp_path: Path) -> None:
         assert figure.axes[-1].get_xlabel()
     assert "pixels" in figures["scaling"].axes[-1].get_xlabel()
     bars = figures["speed"].axes[0].patches
-    lengths = [bar.get_width() for bar in bars if isinstance(bar, Rectangle)]
+    lengths = [bar.get_x() + bar.get_width() for bar in bars if isinstance(bar, Rectangle)]
     assert max(lengths) == pytest.approx(4.0, rel=0.05)
     assert all(path.stat().st_size > 1000 for path in plot.save(synthetic(), tmp_path))
     assert not plot.figures({"results": {}})

@@ -66,6 +66,9 @@ class Problem:
             shape, self.names = (case.scale.channels, *self.module.size), ("y", "log_det")
         else:
             flow = random_flow(case.preset)
+            # The errors of layers add up, at random.
+            depth = len(layers_of(flow))
+            self.mode = case.mode._replace(tolerance=case.mode.tolerance * depth**0.5)
             self.module, shape, self.names = flow, flow.image_shape, ("y", "log_det")
         self.autocast = half and case.subject != "convolution"
         self.module.to(device)

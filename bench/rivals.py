@@ -9,6 +9,7 @@ and the time of all is extrapolated, which ``times`` says.
 import copy
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -74,6 +75,8 @@ def compiled(module: nn.Module) -> Map:
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UnavailableError(f"there is no C++ compiler: none of {', '.join(compilers)}")
+    # It warns of its own ways, while it compiles.
+    warnings.filterwarnings("ignore", module=r"torch\..*")
     torch.compiler.reset()
     function = torch.compile(module, fullgraph=True, dynamic=False)
 

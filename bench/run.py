@@ -65,7 +65,7 @@ def clock_for(device: torch.device, extent: Extent, *, once: bool = False) -> Cl
     """How long a race is: on a CPU, whose rounds differ, longer."""
     if device.type == "cuda":
         return Clock(device, seconds=0.3, rounds=(10, 100), once=once)
-    seconds, rounds = {"tiny": (0.0, (2, 2)), "quick": (0.3, (3, 30)), "full": (1.5, (5, 60))}[
+    seconds, rounds = {"tiny": (0.0, (2, 2)), "quick": (0.3, (3, 30)), "full": (1.0, (5, 60))}[
         extent
     ]
     # In Triton's interpreter a call takes seconds, and its time says nothing.

@@ -139,7 +139,7 @@ def all_cases(device: torch.device, extent: Extent) -> list[Case]:
 
     def model(preset: str, batch: int, samples: int, mode: Mode, priority: int) -> None:
         rivals = ("ours", "torch", "naive") if gpu else ("ours", "naive")
-        inversions = ("ours", "paper", "one by one, cached") if full else ("ours", "paper")
+        inversions = ("ours", "paper", "one by one, cached") if gpu else ("ours", "paper")
         # In 16 bits the gradients of a deep network of random weights are little but rounding.
         train = full and mode is FLOAT32
         passes: tuple[Pass, ...] = ("forward", "training") if train else ("forward",)

@@ -6,6 +6,7 @@ scale, and "passes", each with the "rivals": a rival has its times in "ms", by r
 """
 
 import gc
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 from bench import machine, memory
 from bench.cases import BFLOAT16, FLOAT16, FLOAT32, TF32, Extent, all_cases
 from bench.ceilings import measure_ceilings
+from bench.models import measure_models
 from bench.race import Result, compile_kernels, measure, verdict
 from bench.sampling import measure_curves, measure_solvers
 from bench.timing import Clock
@@ -50,7 +52,7 @@ def tasks(device: torch.device, extent: Extent) -> list[Task]:
         for case in all_cases(device, extent)
     ]  # fmt: skip
     if extent != "tiny":
-        samples = 16 if extent == "full" else 2
+        samples = (16 if gpu else 8) if extent == "full" else 2
         curves = partial(measure_curves, True, samples)
         found.append(Task("curves", "one layer", curves, priority=2))
     if extent == "full":
@@ -58,6 +60,9 @@ def tasks(device: torch.device, extent: Extent) -> list[Task]:
         found.append(Task("solvers", name, partial(measure_solvers, samples), priority=2))
         curves = partial(measure_curves, False, samples)
         found.append(Task("curves", "whole network", curves, priority=2))
+        if importlib.util.find_spec("bench.peers"):
+            models = partial(measure_models, "mnist", 8)
+            found.append(Task("models", "size of the mnist model, batch 8", models, priority=2))
     return sorted(found, key=lambda task: task.priority)
 
 

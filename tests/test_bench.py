@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import torch
 from matplotlib.patches import Rectangle
 
-from bench import __main__, compare, gpu, machine, plot, race, report, rivals, run, timing
+import mintnet_triton as mint
+from bench import __main__, compare, gpu, machine, models, plot, race, report, rivals, run, timing
 from bench.cases import CIFAR10, FLOAT32, MNIST, SWEEPS, TINY, Case, all_cases, make_layer
 from bench.ceilings import flops_of
 from bench.timing import Clock
@@ -151,6 +153,34 @@ def test_what_is_not_to_be_had_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     status = result["passes"]["forward"]["rivals"]["naive"]
     assert status == {"status": "unavailable", "reason": "there is no compiler"}
     assert not run.errors({"layer": {"a": result}})
+
+
+def test_models_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(mint.MintNet):
+        def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+            return super().log_prob(x) + (0.1 if x.dtype == torch.float32 else 0)
+
+    def build(kind: type[mint.MintNet]) -> Any:
+        def construct(shape: tuple[int, int, int], parameters: int) -> mint.MintNet:
+            flow = kind(shape[0], shape[1:], pairs=2, hidden=4, squeezes=1)
+            assert sum(one.numel() for one in flow.parameters()) == parameters
+            return flow
+
+        return SimpleNamespace(build=construct, log_det="exact")
+
+    def missing(shape: Any, parameters: int) -> mint.MintNet:
+        raise ModuleNotFoundError("zuko is not installed: pip install zuko")
+
+    nice = SimpleNamespace(build=missing, log_det="exact")
+    peers = {"right": build(mint.MintNet), "wrong": build(Wrong), "nice": nice}
+    monkeypatch.setitem(sys.modules, "bench.peers", SimpleNamespace(PEERS=peers))
+    with mint.use_backend("torch"):
+        found = models.measure_models(None, 2, Clock(CPU, rounds=(2, 2), seconds=0))["passes"]
+    for pass_ in ("forward", "training", "inverse"):
+        assert len(found[pass_]["rivals"]["right"]["ms"]) == 2
+        assert found[pass_]["rivals"]["nice"]["status"] == "unavailable"
+    assert found["forward"]["rivals"]["wrong"]["status"] == "wrong"
+    assert report.tables({"machine": {}, "results": {"models": {"tiny": {"passes": found}}}})
 
 
 @pytest.mark.parametrize("triangle", ["lower", "upper"])

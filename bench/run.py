@@ -58,7 +58,7 @@ def tasks(device: torch.device, extent: Extent) -> list[Task]:
     if extent == "full":
         name = f"trained network of 24 layers, {samples} samples"
         found.append(Task("solvers", name, partial(measure_solvers, samples), priority=2))
-        curves = partial(measure_curves, False, samples)
+        curves = partial(measure_curves, False, samples // 2)
         found.append(Task("curves", "whole network", curves, priority=2))
         if importlib.util.find_spec("bench.peers"):
             models = partial(measure_models, "mnist", 8)

@@ -6,7 +6,6 @@ finite.
 """
 
 import copy
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import FLOAT32, WrongResultError, gate, random_flow
+from bench.peers import PEERS
 from bench.race import Contender, Result, times_of, verdict
 from bench.rivals import UnavailableError
 from bench.timing import Clock, Work
@@ -25,13 +25,12 @@ def measure_models(preset: str | None, batch: int, clock: Clock) -> Result:
 
     The number of parameters is that of the MintNet, to within a tenth.
     """
-    peers = importlib.import_module("bench.peers").PEERS
     torch.manual_seed(0)
     flow = random_flow(preset)
     size = sum(parameter.numel() for parameter in flow.parameters())
     makers: dict[str, Callable[[], Any]] = {"ours": lambda: flow}
-    makers |= {name: partial(peer.build, flow.image_shape, size) for name, peer in peers.items()}
-    exact = {"ours", *(name for name, peer in peers.items() if peer.log_det == "exact")}
+    makers |= {name: partial(peer.build, flow.image_shape, size) for name, peer in PEERS.items()}
+    exact = {"ours", *(name for name, peer in PEERS.items() if peer.log_det == "exact")}
     x = torch.randn(batch, *flow.image_shape).to(clock.device)
     entrants: dict[str, Entrant] = {}
     failures: dict[str, Result] = {}

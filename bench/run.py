@@ -6,7 +6,6 @@ scale, and "passes", each with the "rivals": a rival has its times in "ms", by r
 """
 
 import gc
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -60,9 +59,8 @@ def tasks(device: torch.device, extent: Extent) -> list[Task]:
         found.append(Task("solvers", name, partial(measure_solvers, samples), priority=2))
         curves = partial(measure_curves, False, samples // 2)
         found.append(Task("curves", "whole network", curves, priority=2))
-        if importlib.util.find_spec("bench.peers"):
-            models = partial(measure_models, "mnist", 8)
-            found.append(Task("models", "size of the mnist model, batch 8", models, priority=2))
+        models = partial(measure_models, "mnist", 8)
+        found.append(Task("models", "size of the mnist model, batch 8", models, priority=2))
     return sorted(found, key=lambda task: task.priority)
 
 

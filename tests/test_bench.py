@@ -15,9 +15,23 @@ import torch
 from matplotlib.patches import Rectangle
 
 import mintnet_triton as mint
-from bench import __main__, compare, gpu, machine, models, plot, race, report, rivals, run, timing
+from bench import (
+    __main__,
+    compare,
+    gpu,
+    machine,
+    models,
+    plot,
+    race,
+    report,
+    rivals,
+    run,
+    step,
+    timing,
+)
 from bench.cases import CIFAR10, FLOAT32, MNIST, SWEEPS, TINY, Case, all_cases, make_layer
 from bench.ceilings import flops_of
+from bench.run import read
 from bench.timing import Clock
 from mintnet_triton import MaskedConv2d, MintLayer
 
@@ -496,3 +510,15 @@ def test_what_went_wrong_is_listed() -> None:
         "layer: b: forward: ours: wrong: y",
         "layer: d: failed: it hangs",
     ]
+
+
+def test_step_of_a_whole_model(tmp_path: Path) -> None:
+    result = step.run(None, 2, 1, tmp_path)
+    assert read(tmp_path / "step.json") == result
+    assert all(len(found["seconds"]) == 1 for found in result["rivals"].values())
+    assert result["rivals"]["ours"]["error"] < 1e-4
+    made_up = {
+        "naive": {"seconds": [8.0, 9.0], "MiB": [100.0, 100.0]},
+        "ours": {"seconds": [1.0, 1.0], "MiB": [10.0, 30.0]},
+    }
+    assert "| ours | 8.5x | 20 | 5.0x less |" in step.table({"rivals": made_up})

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from mintnet_triton.kernels import reference
 from mintnet_triton.kernels._library import opposite, register
 from mintnet_triton.kernels.activation import NAMES, find_activation
 from mintnet_triton.kernels.canvas_cpu import (
     Lines,
+    Plan,
     backward_groups,
     fill,
     forward_groups,
@@ -23,7 +25,13 @@ from mintnet_triton.kernels.canvas_cpu import (
 )
 from mintnet_triton.kernels.reference import MintWeights
 from mintnet_triton.kernels.threads_cpu import share
-from mintnet_triton.kernels.tiles_cpu import OUTPUTS, VECTOR, add_products, sum_of_products
+from mintnet_triton.kernels.tiles_cpu import (
+    MOST,
+    OUTPUTS,
+    VECTOR,
+    add_products,
+    sum_of_products,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -86,9 +94,23 @@ class Packed(NamedTuple):
     radius: int  # of the largest kernel
 
 
+def _plan_of(shape: Sequence[int], colours: int, order: str, triangle: str, most: int) -> Plan:
+    """Of a weight (outputs, inputs, k, k)."""
+    outputs, inputs, kernel, _ = shape
+    return plan(outputs // colours, inputs // colours, colours, kernel, order, triangle, most)
+
+
+def _plans_of_gradient(
+    shapes: Sequence[Sequence[int]], colours: int, order: str, triangle: str
+) -> list[Plan]:
+    """Of the gradients by three weights and by the joined centres."""
+    hidden = shapes[1][0]
+    plans = [_plan_of(shape, colours, order, triangle, OUTPUTS) for shape in shapes]
+    return [*plans, _plan_of((hidden, hidden, 1, 1), colours, "own", triangle, OUTPUTS)]
+
+
 def _pack(weight: Array, colours: int, order: str, triangle: str) -> Conv:
-    outputs, inputs, kernel, _ = weight.shape
-    found = plan(outputs // colours, inputs // colours, colours, kernel, order, triangle)
+    found = _plan_of(weight.shape, colours, order, triangle, MOST)
     packed = np.empty(found.size, np.float32)
     fill(weight, found.tiles, found.taps, packed)
     return found.tiles, found.taps, packed
@@ -258,20 +280,12 @@ def _backward(
     convs = tuple(_pack_transposed(one, colours, order, triangle) for one in reversed(weights))
     joined = join_centres(weights)
     both = _pack_centres(joined), _pack_centres(joined.swapaxes(1, 2))
-    plans = tuple(
-        plan(outputs, inputs, colours, kernel, of, triangle, OUTPUTS)[:2]
-        for outputs, inputs, kernel, of in (
-            (units, 1, weight1.shape[-1], order),
-            (units, units, weight2.shape[-1], order),
-            (1, units, weight3.shape[-1], order),
-            (units, units, 1, "own"),
-        )
-    )
+    shapes = [one.shape for one in weights]
+    plans = tuple(one[:2] for one in _plans_of_gradient(shapes, colours, order, triangle))
     shares = _shares(len(h1))
     threads = max(1, len(shares))
-    shapes = (*(one.shape for one in weights), (hidden, hidden, 1, 1))
     sums = [np.zeros((threads, *shape) if by_weights else (threads, 0, 0, 0, 0), np.float32)
-            for shape in shapes]  # fmt: skip
+            for shape in (*shapes, (hidden, hidden, 1, 1))]  # fmt: skip
     biases = np.zeros((threads, 2, hidden), np.float32)
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = h1.flatten(1).numpy(), h2.flatten(1).numpy()
@@ -335,6 +349,49 @@ backward_op = register(
     _backward_fake,
     devices=("CPU",),
 )
+
+
+def products(plans: Sequence[Plan | Conv], lines: Lines, groups: int) -> int:
+    """Multiply-adds of masked convolutions, or of gradients by their weights, for some groups.
+
+    Lines are multiplied whole, so the zeros at their ends count, and taps to the left and right of
+    an image; rows above and below it are skipped. What is done element by element does not count.
+
+    Args:
+        plans: tiles and taps; what follows them is not read.
+    """
+    done = 0
+    for tiles, taps, *_ in plans:
+        rows = np.maximum(0, lines.height - abs(taps[:, 0]))  # where the tap is within the image
+        outputs = np.repeat(tiles[:, 1], tiles[:, 3] - tiles[:, 2])
+        done += int((outputs * (taps[:, 3] - taps[:, 2]) * rows).sum())
+    return done * lines.length * groups
+
+
+@register_flop_formula(layer_op.overloadpacket, get_raw=True)
+def _layer_flops(x: Tensor, *parts_and_structure: Any, out_val: object) -> int:
+    weights, t = parts_and_structure[:6:2], parts_and_structure[6]
+    order, triangle, _, diagonal, _ = parts_and_structure[7:]
+    plans = [_plan_of(one.shape, len(t), order, triangle, MOST) for one in weights]
+    if diagonal:
+        plans.append(_plan_of((*weights[1].shape[:2], 1, 1), len(t), "own", triangle, MOST))
+    lines = lines_of(x.shape, _radius(weights), torch.get_num_threads())
+    return 2 * products(plans, lines, ceil_divide(len(x), lines.group))
+
+
+@register_flop_formula(backward_op.overloadpacket, get_raw=True)
+def _backward_flops(x: Tensor, h1: Tensor, *arguments: Any, out_val: object) -> int:
+    weights, t = arguments[3:6], arguments[6]
+    order, triangle, _, by_weights = arguments[7:]
+    colours, shapes = len(t), [one.shape for one in weights]
+    plans = [
+        _plan_of((inputs, outputs, *kernel), colours, order, opposite(triangle), MOST)
+        for outputs, inputs, *kernel in shapes
+    ]
+    plans += [_plan_of((*shapes[1][:2], 1, 1), colours, "own", triangle, MOST)] * 2
+    if by_weights:
+        plans += _plans_of_gradient(shapes, colours, order, triangle)
+    return 2 * products(plans, _lines_of_kept(h1, x.shape[3], _radius(weights)), len(h1))
 
 
 class _MintLayer(torch.autograd.Function):

@@ -1,10 +1,13 @@
 """The layer as numba compiles it: against the same layer in float64, in plain PyTorch."""
 
+import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mintnet_triton as mint
 from mintnet_triton import MintLayer, use_backend
@@ -13,8 +16,11 @@ from mintnet_triton.kernels.activation import NAMES
 from tests import grid
 
 pytest.importorskip("numba")
+from numba import types
+
 from mintnet_triton.kernels import mint_layer_cpu
-from mintnet_triton.kernels.canvas_cpu import plan
+from mintnet_triton.kernels.canvas_cpu import SPAN, plan
+from mintnet_triton.kernels.tiles_cpu import VECTOR
 
 TOLERANCE = 2e-5  # relative, root mean square: a kink may be on either side of a rounded number
 
@@ -285,3 +291,77 @@ def test_what_the_mask_hides_is_skipped(
     assert sum(found.tiles[:, 1]) == colours * units
     exact = work.exact(units, units, colours, 3, order, triangle)
     assert exact <= found.size <= waste * exact
+
+
+class Stub(types.WrapperAddressProtocol):
+    """In place of an innermost loop: a Python function that gets its integers."""
+
+    def __init__(self, arguments: int, function: Callable[..., None]) -> None:
+        self.arguments = arguments
+        kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)
+        self.callback = kind(function)
+
+    def __wrapper_address__(self) -> int:
+        address = ctypes.cast(self.callback, ctypes.c_void_p).value
+        assert address is not None
+        return address
+
+    def signature(self) -> Any:
+        return types.void(*[types.int64] * self.arguments)
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every call of the innermost loops, the multiply-adds; nothing is multiplied."""
+    calls: list[int] = []
+
+    def add(*numbers: int) -> None:
+        rows, vectors, *_, runs, count = numbers
+        table = (ctypes.c_int64 * (3 * count)).from_address(runs)
+        calls.append(rows * vectors * VECTOR * sum(table[1::3]))
+
+    def dot(outputs: int, inputs: int, *numbers: int) -> None:
+        rows, vectors = numbers[-2:]
+        calls.append(outputs * inputs * rows * vectors * VECTOR)
+
+    monkeypatch.setattr(mint_layer_cpu, "add_products", Stub(9, add))
+    monkeypatch.setattr(mint_layer_cpu, "sum_of_products", Stub(11, dot))
+    return calls
+
+
+@grid.over(
+    lambda case: True,
+    main=["shape", "of_weights", "recompute"],
+    shape=[(3, 5, (5, 6)), (1, 31, (1, 7)), (48, 5, (2, 3)), (2, 20, (SPAN // 16, 3))],
+    of_weights=[True, False],
+    recompute=[False, True],
+    order=["channel", "pixel"],
+    triangle=["lower", "upper"],
+    kernel_size=[3, 1, (1, 3, 5), (5, 3, 1)],
+    batch=[3, 1, 7],
+)
+def test_declared_multiply_adds_are_done(case: dict[str, Any], done: list[int]) -> None:
+    colours, hidden, size = case["shape"]
+    arguments = {name: case[name] for name in ("order", "triangle", "kernel_size", "recompute")}
+    layer = make_layer(colours, size, hidden, **arguments).requires_grad_(case["of_weights"])
+    x = torch.zeros(case["batch"], colours, *size, requires_grad=True)
+
+    def step() -> None:
+        y, log_det = layer(x)
+        (y.sum() + log_det.sum()).backward()
+
+    def y_alone() -> None:
+        weights = layer.effective_weights()
+        structure = mint_layer_cpu.Structure(case["order"], case["triangle"], "elu")
+        mint_layer_cpu.mint_forward(x, weights, structure, diagonal=False)
+
+    for work_ in (step, y_alone):
+        done.clear()
+        with FlopCounterMode(display=False) as counter:
+            work_()
+        by_operator = counter.get_flop_counts()["Global"]
+        declared = [
+            flops for operator, flops in by_operator.items() if "mint_layer_cpu" in str(operator)
+        ]
+        assert len(declared) == 1 + (work_ is step)
+        assert sum(declared) == 2 * sum(done) > 0

@@ -5,7 +5,8 @@ its own buffers too, is not seen: this package's own operators declare their mul
 :func:`torch.utils.flop_counter.register_flop_formula`, or are refused. Nor are other Python threads
 seen, so torch is told to use one.
 
-Of the Triton kernels, their launches, which are noted but not run.
+Of the Triton kernels, and of the layer that numba compiles for CPUs, the launches, which are noted
+but not run.
 """
 
 import gc
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mintnet_triton.kernels import _configs, _launch
+from mintnet_triton.kernels import _configs, _launch, mint_layer_cpu
 
 #: a count by its name; of everything, less is better
 Figures = dict[str, int]
@@ -218,3 +219,40 @@ def count_launches(work: Work) -> Figures:
     with patch.object(triton.runtime.jit.KernelInterface, "__getitem__", note_launch):
         work()
     return dict(figures)
+
+
+def count_compiled(work: Work) -> Figures:
+    """What :func:`count_operators` counts of layers as numba compiles them, without running them.
+
+    Beside it, ``compiled``: the multiply-adds of the tiles and taps that the compiled functions are
+    given. The operators declare as many; but frozen weights go past torch's dispatcher, and there
+    this is the only count of them.
+
+    Tiles, and the lines of a canvas, are those of a machine with AVX-512, whatever this one has, so
+    that the figures are the same everywhere. Not run, they need not suit this machine's vectors.
+    """
+    compiled = 0
+
+    def note_forward(_: object, groups: Sequence[int], *arguments: Any) -> None:
+        nonlocal compiled
+        _, _, convs, _, centres, _, _, _, diagonal, lines = arguments
+        plans = [*convs, *[centres] * bool(diagonal.size)]
+        compiled += mint_layer_cpu.products(plans, lines, len(groups))
+
+    def note_backward(_: object, __: object, groups: Sequence[int], *arguments: Any) -> None:
+        nonlocal compiled
+        convs, centres, plans, _, _, _, by_weights, lines = arguments[5:]
+        plans = [*convs, *centres, *(plans if by_weights[0].size else ())]
+        compiled += mint_layer_cpu.products(plans, lines, len(groups))
+
+    def anew() -> None:
+        nonlocal compiled
+        compiled = 0
+        work()
+
+    with patch.multiple(
+        mint_layer_cpu, forward_groups=note_forward, backward_groups=note_backward,
+        VECTOR=16, MOST=14, OUTPUTS=5,
+    ):  # fmt: skip
+        figures = count_operators(anew)
+    return figures | {"compiled": compiled}

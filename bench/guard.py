@@ -23,7 +23,14 @@ import torch
 
 import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST, Scale, make_layer
-from bench.counting import Figures, Work, count_launches, count_operators, tiles_of
+from bench.counting import (
+    Figures,
+    Work,
+    count_compiled,
+    count_launches,
+    count_operators,
+    tiles_of,
+)
 from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer, wavefront
 from mintnet_triton.ordering import Order
 
@@ -43,8 +50,8 @@ Cases = dict[str, Callable[[], Figures]]
 
 
 def all_cases() -> Cases:
-    """What is counted, by name: the library in plain PyTorch, then its kernels."""
-    return torch_cases() | kernel_cases()
+    """What is counted, by name: in plain PyTorch, as numba compiles it, and in Triton kernels."""
+    return torch_cases() | compiled_cases() | kernel_cases()
 
 
 def torch_cases() -> Cases:
@@ -65,6 +72,19 @@ def torch_cases() -> Cases:
     cases[f"torch, {first}, convolution in pixel order"] = partial(convolve, first, "pixel")
     cases["torch, small flow, log_prob"] = partial(flow, backward=False)
     cases["torch, small flow, training step"] = partial(flow, backward=True)
+    return cases
+
+
+def compiled_cases() -> Cases:
+    """What runs on a CPU unless somebody chooses a backend."""
+    cases: Cases = {}
+    for scale in SCALES:
+        name = f"compiled, {scale}"
+        cases[f"{name}, forward"] = partial(forward, scale, count=count_by_default)
+        cases[f"{name}, forward, frozen"] = partial(frozen, scale)
+        step = partial(train, scale, count=count_by_default)
+        cases[f"{name}, training step"] = step
+        cases[f"{name}, training step, recompute"] = partial(step, recompute=True)
     return cases
 
 
@@ -101,7 +121,15 @@ def count_in_torch(work: Work) -> Figures:
         return count_operators(work)
 
 
-def forward(scale: Scale, *, half: bool = False) -> Figures:
+def count_by_default(work: Work) -> Figures:
+    """What a CPU does by default."""
+    with mint.use_backend("auto"):
+        return count_compiled(work)
+
+
+def forward(
+    scale: Scale, *, half: bool = False, count: Callable[[Work], Figures] = count_in_torch
+) -> Figures:
     """A layer with its log-determinant."""
     x, layer = inputs(scale), make_layer(scale)
 
@@ -110,10 +138,28 @@ def forward(scale: Scale, *, half: bool = False) -> Figures:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             layer(x)
 
-    return count_in_torch(work)
+    return count(work)
 
 
-def train(scale: Scale, *, half: bool = False, recompute: bool = False) -> Figures:
+def frozen(scale: Scale) -> Figures:
+    """A layer whose weights do not change from call to call."""
+    x, layer = inputs(scale), make_layer(scale)
+
+    @torch.no_grad()
+    def work() -> None:
+        layer(x)
+
+    with mint.frozen(layer):
+        return count_by_default(work)
+
+
+def train(
+    scale: Scale,
+    *,
+    half: bool = False,
+    recompute: bool = False,
+    count: Callable[[Work], Figures] = count_in_torch,
+) -> Figures:
     x, layer = inputs(scale).requires_grad_(), make_layer(scale, recompute=recompute)
 
     def work() -> None:
@@ -123,7 +169,7 @@ def train(scale: Scale, *, half: bool = False, recompute: bool = False) -> Figur
             y, log_det = layer(x)
         torch.autograd.backward((y, log_det), (torch.ones_like(y), torch.ones_like(log_det)))
 
-    return count_in_torch(work)
+    return count(work)
 
 
 def iterate(scale: Scale) -> Figures:

@@ -1,7 +1,7 @@
 """Nothing gets slower as far as it can be counted, and what is wrong does not pass for fast."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 import mintnet_triton as mint
 
 pytest.importorskip("triton")
+pytest.importorskip("numba")
 
 import triton
 
@@ -23,8 +24,11 @@ from mintnet_triton.kernels import (
     _configs,
     _launch,
     backend,
+    canvas_cpu,
+    dispatch,
     mint_forward,
     mint_layer,
+    mint_layer_cpu,
     work,
 )
 from tests import test_compile
@@ -74,8 +78,24 @@ def test_nothing_is_hidden_from_the_count(scale: cases.Scale) -> None:
     structure = (units, units, colours, 3, "channel", "lower", size, size)
     middle = guard.BATCH * work.exact_of_image(*structure)
     assert COMMITTED[f"torch, {scale}, forward"]["multiply-adds"] >= middle
+    assert COMMITTED[f"compiled, {scale}, forward, frozen"]["compiled"] >= middle
     # The gradients by its inputs and by its weights take as much each.
     assert COMMITTED[f"torch, {scale}, training step"]["multiply-adds"] >= 3 * middle
+    assert COMMITTED[f"compiled, {scale}, training step"]["compiled"] >= 3 * middle
+
+
+@pytest.mark.parametrize("case", guard.compiled_cases())
+def test_operators_declare_what_is_compiled(case: str) -> None:
+    figures = COMMITTED[case]
+    declared = 0 if case.endswith("frozen") else figures["compiled"]
+    assert figures["multiply-adds"] == declared
+
+
+@pytest.mark.parametrize("case", guard.compiled_cases())
+def test_counts_do_not_depend_on_the_machine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"VECTOR": 4, "MOST": 6, "OUTPUTS": 3}.items():
+        monkeypatch.setattr(mint_layer_cpu, name, value)
+    assert not compare(case)
 
 
 class Product(torch.autograd.Function):
@@ -243,6 +263,72 @@ def test_a_dense_convolution_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not worse(case)
     monkeypatch.setattr("mintnet_triton.conv.masked_conv2d", dense)
     assert "multiply-adds" in worse(case)
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Plans of the layer for CPUs are not remembered."""
+    canvas_cpu.plan.cache_clear()
+    yield
+    canvas_cpu.plan.cache_clear()
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("work_", ["forward", "forward, frozen", "training step"])
+def test_a_plan_that_hides_nothing_is_caught(work_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everything(first: int, last: int, units: int, colours: int, *_: Any) -> tuple[int, int]:
+        return 0, units * colours
+
+    monkeypatch.setattr(canvas_cpu, "seen_inputs", everything)
+    caught = worse(f"compiled, {cases.CIFAR10[2]}, {work_}")
+    assert caught == {"compiled"} | ({"multiply-adds"} if work_ != "forward, frozen" else set())
+
+
+@pytest.mark.usefixtures("anew")
+def test_gradients_that_skip_nothing_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By weights alone, whose tiles are smaller."""
+    plan = canvas_cpu.plan
+
+    def dense(*arguments: Any) -> canvas_cpu.Plan:
+        found = plan(*arguments)
+        if arguments[-1] == 5:
+            found.taps[:, 2], found.taps[:, 3] = 0, arguments[1] * arguments[2]
+        return found
+
+    monkeypatch.setattr(mint_layer_cpu, "plan", dense)
+    assert "compiled" in worse(f"compiled, {cases.CIFAR10[2]}, training step")
+    assert not compare(f"compiled, {cases.CIFAR10[2]}, forward")
+
+
+def test_a_layer_computed_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, layer_op = f"compiled, {cases.MNIST[1]}, training step", mint_layer_cpu.layer_op
+    run = mint_layer_cpu.run_forward
+
+    def called_twice(*arguments: Any) -> Any:
+        layer_op(*arguments)
+        return layer_op(*arguments)
+
+    def run_twice(*arguments: Any, **keywords: Any) -> Any:
+        run(*arguments, **keywords)
+        return run(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mint_layer_cpu, "layer_op", called_twice)
+        assert worse(case) >= {"multiply-adds", "compiled"}
+    with monkeypatch.context() as patch:
+        patch.setattr(mint_layer_cpu, "run_forward", run_twice)
+        assert worse(case) == {"compiled"}  # no operator tells
+    assert not compare(case)
+
+
+@pytest.mark.parametrize("case", guard.compiled_cases())
+def test_the_plain_path_is_caught(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "use_numba_layer", lambda *_: False)
+    rows = {row.figure: row for row in compare(case)}
+    assert rows["multiply-adds"].verdict == "worse"
+    assert rows["compiled"].now == 0
+    if guard.torch_version() == VERSION:
+        assert rows["calls"].verdict == "worse"
 
 
 def test_a_dropped_out_is_caught() -> None:

@@ -187,7 +187,7 @@ def test_models_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
     nice = SimpleNamespace(build=missing, log_det="exact")
     peers = {"right": build(mint.MintNet), "wrong": build(Wrong), "nice": nice}
-    monkeypatch.setitem(sys.modules, "bench.peers", SimpleNamespace(PEERS=peers))
+    monkeypatch.setattr(models, "PEERS", peers)
     with mint.use_backend("torch"):
         found = models.measure_models(None, 2, Clock(CPU, rounds=(2, 2), seconds=0))["passes"]
     for pass_ in ("forward", "training", "inverse"):

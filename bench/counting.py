@@ -239,7 +239,7 @@ def count_compiled(work: Work) -> Figures:
         plans = [*convs, *[centres] * bool(diagonal.size)]
         compiled += mint_layer_cpu.products(plans, lines, len(groups))
 
-    def note_backward(_: object, __: object, groups: Sequence[int], *arguments: Any) -> None:
+    def note_backward(_: object, groups: Sequence[int], *arguments: Any) -> None:
         nonlocal compiled
         convs, centres, plans, _, _, _, by_weights, lines = arguments[5:]
         plans = [*convs, *centres, *(plans if by_weights[0].size else ())]

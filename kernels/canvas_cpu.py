@@ -18,19 +18,12 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES
 from mintnet_triton.kernels.ranges import seen_inputs
-from mintnet_triton.kernels.tiles_cpu import (
-    FEW,
-    INPUTS,
-    MOST,
-    OUTPUTS,
-    VECTOR,
-)
-from mintnet_triton.kernels.wavefront_cpu import compiled
+from mintnet_triton.kernels.tiles_cpu import MOST
+from mintnet_triton.kernels.wavefront_cpu import compiled, summing
 
 #: floats along which a gradient by weights is summed at once: what it reads stays in a near cache
 SPAN = 1024
@@ -42,8 +35,6 @@ ZERO, ONE, TWO = (np.float32(number) for number in (0, 1, 2))
 STEEP, LEAST, MAGIC = np.float32(LEAKY_SLOPE), np.float32(-87), np.float32(1.5 * 2**23)
 LOG2E, LN2_HIGH, LN2_LOW = (np.float32(x) for x in (1 / math.log(2), 0.693359375, -2.12194440e-4))
 P2, P3, P4, P5, P6, P7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8))
-
-summing = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, inline="never")
 
 
 # ------------------------------------------------------------------ activations along lines
@@ -203,7 +194,7 @@ def address(values, place):
 
 
 @compiled
-def add_tile(add, conv, tile, source, y, row, line, margin, group, height, length, sums, table):
+def add_tile(loops, conv, tile, source, y, row, line, margin, group, height, length, sums, table):
     """Add a convolution to the sums of a tile, for row y of the images.
 
     Args:
@@ -227,13 +218,13 @@ def add_tile(add, conv, tile, source, y, row, line, margin, group, height, lengt
     rows = tiles[tile, 1]
     start = 0
     while start < length:
-        left = (length - start) // VECTOR
-        vectors = 4 if left >= 4 and rows <= FEW else 2 if left >= 2 else 1
-        add(
+        left = (length - start) // loops.vector
+        vectors = 4 if left >= 4 and rows <= loops.few else 2 if left >= 2 else 1
+        loops.add(
             rows, vectors, address(sums, start), length, address(weights, 0),
             address(source, start), line, address(table, 0), count,
         )  # fmt: skip
-        start += vectors * VECTOR
+        start += vectors * loops.vector
 
 
 # ------------------------------------------------------------------ a layer, for one group
@@ -289,7 +280,7 @@ def slopes_of_row(activation, canvas, y, channels, lines, row):
 
 @compiled
 def hidden_layer(
-    add, source, inputs, conv, bias, activation, target, before, centres, diagonal, lines
+    loops, source, inputs, conv, bias, activation, target, before, centres, diagonal, lines
 ):
     """A hidden layer of a group, and, for the second, what the diagonal receives.
 
@@ -304,7 +295,7 @@ def hidden_layer(
     outputs = len(bias)
     length, line = lines.length, lines.line
     table = np.empty(3 * (len(conv[1]) + 1), np.int64)
-    size = MOST * length
+    size = loops.most * length
     sums, through = np.empty(size, np.float32), np.empty(size, np.float32)
     h, s = np.empty(size, np.float32), np.empty(size, np.float32)
     bits = h.view(np.int32)
@@ -319,7 +310,7 @@ def hidden_layer(
             for m in range(rows):
                 set_all(sums[m * length :][:length], bias[first + m])
             add_tile(
-                add, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
+                loops, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
                 lines.height, length, sums, table,
             )  # fmt: skip
             bend(activation, sums[: rows * length], h[: rows * length], bits[: rows * length])
@@ -328,7 +319,7 @@ def hidden_layer(
                 put_line(h[m * length :], target, place, lines)
             if with_diagonal:
                 set_all(through[: rows * length], ZERO)
-                add_tile(add, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
+                add_tile(loops, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
                 slopes(activation, h[: rows * length], s[: rows * length])
                 for m in range(rows):
                     place = (y * (outputs // units) + (first + m) // units) * length
@@ -339,12 +330,12 @@ def hidden_layer(
 
 
 @compiled
-def output_layer(add, source, inputs, conv, bias, factor, images, start, results, lines):
+def output_layer(loops, source, inputs, conv, bias, factor, images, start, results, lines):
     """A convolution of a canvas, plus bias, plus factor times the images, (B, C, H, W)."""
     tiles = conv[0]
     length = lines.length
     table = np.empty(3 * (len(conv[1]) + 1), np.int64)
-    sums = np.empty(MOST * length, np.float32)
+    sums = np.empty(loops.most * length, np.float32)
     samples = min(lines.group, len(results) - start)
     for y in range(lines.height):
         for tile in range(len(tiles)):
@@ -352,7 +343,7 @@ def output_layer(add, source, inputs, conv, bias, factor, images, start, results
             for m in range(rows):
                 set_all(sums[m * length :][:length], bias[first + m])
             add_tile(
-                add, conv, tile, source, y, inputs * lines.line, lines.line, lines.margin,
+                loops, conv, tile, source, y, inputs * lines.line, lines.line, lines.margin,
                 lines.group, lines.height, length, sums, table,
             )  # fmt: skip
             for m in range(rows):
@@ -366,7 +357,9 @@ def output_layer(add, source, inputs, conv, bias, factor, images, start, results
 
 
 @compiled
-def forward_groups(add, groups, x, t, convs, biases, centres, activation, kept, y, diagonal, lines):
+def forward_groups(
+    loops, groups, x, t, convs, biases, centres, activation, kept, y, diagonal, lines
+):
     """The layer for some groups.
 
     Args:
@@ -383,24 +376,15 @@ def forward_groups(add, groups, x, t, convs, biases, centres, activation, kept, 
         put_images(x, start, canvas, lines)
         h1, h2 = first[g % len(first)], second[g % len(second)]
         hidden_layer(
-            add,
-            canvas,
-            colours,
-            convs[0],
-            biases[0],
-            activation,
-            h1,
-            nothing,
-            centres,
-            nothing,
+            loops, canvas, colours, convs[0], biases[0], activation, h1, nothing, centres, nothing,
             lines,
-        )
+        )  # fmt: skip
         sums = np.zeros(lines.height * colours * lines.length if diagonal.size else 0, np.float32)
         before = h1 if diagonal.size else nothing
         hidden_layer(
-            add, h1, hidden, convs[1], biases[1], activation, h2, before, centres, sums, lines
+            loops, h1, hidden, convs[1], biases[1], activation, h2, before, centres, sums, lines
         )
-        output_layer(add, h2, hidden, convs[2], biases[2], t, x, start, y, lines)
+        output_layer(loops, h2, hidden, convs[2], biases[2], t, x, start, y, lines)
         if diagonal.size:
             for n in range(min(lines.group, len(x) - start)):
                 for c in range(colours):
@@ -422,7 +406,7 @@ def sum_of(values):
 
 @compiled
 def hidden_gradient(
-    add,
+    loops,
     source,
     inputs,
     conv,
@@ -448,7 +432,7 @@ def hidden_gradient(
     outputs = len(by_bias)
     length, line = lines.length, lines.line
     table = np.empty(3 * (len(conv[1]) + 1), np.int64)
-    size = MOST * length
+    size = loops.most * length
     sums, through = np.empty(size, np.float32), np.empty(size, np.float32)
     s, d = np.empty(length, np.float32), np.empty(length, np.float32)
     row = np.empty(outputs * length, np.float32)
@@ -460,11 +444,11 @@ def hidden_gradient(
             first, rows = tiles[tile, 0], tiles[tile, 1]
             set_all(sums[: rows * length], ZERO)
             add_tile(
-                add, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
+                loops, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
                 lines.height, length, sums, table,
             )  # fmt: skip
             set_all(through[: rows * length], ZERO)
-            add_tile(add, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
+            add_tile(loops, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
             for m in range(rows):
                 place = (y * outputs + first + m) * line
                 h = own[place + lines.margin :][:length]
@@ -481,18 +465,18 @@ def hidden_gradient(
 
 @compiled
 def add_weight_gradient(
-    dot, tiles, taps, left, outputs, line_left, margin_left, right, inputs, line_right,
+    loops, tiles, taps, left, outputs, line_left, margin_left, right, inputs, line_right,
     margin_right, top, bottom, lines, by_weight,
 ):  # fmt: skip
     """Add the products of gradients by outputs with inputs, for some rows of both canvases.
 
     Args:
-        tiles, taps: a plan with tiles of at most OUTPUTS.
+        tiles, taps: a plan with tiles of at most ``loops.outputs``.
         by_weight: (outputs, inputs, k, k).
     """
     radius = by_weight.shape[2] // 2
-    sums = np.empty(OUTPUTS * INPUTS + VECTOR, np.float32)
-    vectors = lines.length // VECTOR
+    sums = np.empty(loops.outputs * loops.inputs + loops.vector, np.float32)
+    vectors = lines.length // loops.vector
     for tile in range(len(tiles)):
         first, rows = tiles[tile, 0], tiles[tile, 1]
         for tap in range(tiles[tile, 2], tiles[tile, 3]):
@@ -502,14 +486,14 @@ def add_weight_gradient(
             if count <= 0:
                 continue
             first_left = (y * outputs + first) * line_left + margin_left
-            parts = -(-(high - low) // INPUTS)
+            parts = -(-(high - low) // loops.inputs)
             for part in range(parts):
                 k, stop = (
                     low + (high - low) * part // parts,
                     low + (high - low) * (part + 1) // parts,
                 )
                 first_right = ((y + dy) * inputs + k) * line_right + margin_right + dx * lines.group
-                dot(
+                loops.dot(
                     rows, stop - k, address(sums, 0), address(left, first_left), line_left,
                     outputs * line_left, address(right, first_right), line_right,
                     inputs * line_right, count, vectors,
@@ -523,7 +507,7 @@ def add_weight_gradient(
 
 @compiled
 def add_centre_gradient(
-    dot, tiles, taps, h1, h2, by_diagonal, activation, hidden, by_centres, top, bottom, lines
+    loops, tiles, taps, h1, h2, by_diagonal, activation, hidden, by_centres, top, bottom, lines
 ):
     """Add the gradient by the joined centres: products of both hidden layers' slopes."""
     length = lines.length
@@ -541,14 +525,14 @@ def add_centre_gradient(
             for i in range(length):
                 line[i] *= g[i]
     add_weight_gradient(
-                dot, tiles, taps, left, hidden, length, 0, right, hidden, length, 0,
-        0, rows, Lines(rows, lines.width, 0, 0, lines.pixels, length, length), by_centres,
+        loops, tiles, taps, left, hidden, length, 0, right, hidden, length, 0, 0, rows,
+        Lines(rows, lines.width, 0, 0, lines.pixels, length, length), by_centres,
     )  # fmt: skip
 
 
 @compiled
 def backward_groups(
-    add, dot, groups, x, t, kept, by_y, by_diagonal, convs, centres, plans, activation, by_x,
+    loops, groups, x, t, kept, by_y, by_diagonal, convs, centres, plans, activation, by_x,
     by_biases, by_weights, lines,
 ):  # fmt: skip
     """The gradients of some groups, those by weights and biases added up.
@@ -576,14 +560,14 @@ def backward_groups(
         bare = Lines(height, lines.width, lines.group, 0, lines.pixels, length, length)
         put_images(by_diagonal, start, to_diagonal, bare)
         hidden_gradient(
-            add, upstream, colours, convs[0], h2, h1, centres[0], to_diagonal, activation,
+            loops, upstream, colours, convs[0], h2, h1, centres[0], to_diagonal, activation,
             by_a2, by_biases[1], lines,
         )  # fmt: skip
         hidden_gradient(
-            add, by_a2, hidden, convs[1], h1, h2, centres[1], to_diagonal, activation, by_a1,
+            loops, by_a2, hidden, convs[1], h1, h2, centres[1], to_diagonal, activation, by_a1,
             by_biases[0], lines,
         )  # fmt: skip
-        output_layer(add, by_a1, hidden, convs[2], bias, t, by_y, start, by_x, lines)
+        output_layer(loops, by_a1, hidden, convs[2], bias, t, by_y, start, by_x, lines)
         if not by_weights[0].size:
             continue
         canvas = np.zeros(height * colours * line, np.float32)
@@ -597,10 +581,10 @@ def backward_groups(
                 (plans[2], upstream, colours, h2, hidden, by_weights[2]),
             ):
                 add_weight_gradient(
-                dot, plan[0], plan[1], left, outputs, line, lines.margin, right, inputs, line,
+                    loops, plan[0], plan[1], left, outputs, line, lines.margin, right, inputs, line,
                     lines.margin, top, bottom, lines, by_weight,
                 )  # fmt: skip
             add_centre_gradient(
-                dot, plans[3][0], plans[3][1], h1, h2, to_diagonal, activation, hidden,
+                loops, plans[3][0], plans[3][1], h1, h2, to_diagonal, activation, hidden,
                 by_weights[3], top, bottom, lines,
             )  # fmt: skip

@@ -25,13 +25,7 @@ from mintnet_triton.kernels.canvas_cpu import (
 )
 from mintnet_triton.kernels.reference import MintWeights
 from mintnet_triton.kernels.threads_cpu import share
-from mintnet_triton.kernels.tiles_cpu import (
-    MOST,
-    OUTPUTS,
-    VECTOR,
-    add_products,
-    sum_of_products,
-)
+from mintnet_triton.kernels.tiles_cpu import LOOPS, MOST, OUTPUTS, VECTOR
 
 Array = np.ndarray[Any, Any]
 
@@ -39,28 +33,27 @@ Array = np.ndarray[Any, Any]
 LINE = 64
 
 
-def lines_of(shape: torch.Size, radius: int, threads: int) -> Lines:
-    """As many samples side by side as leave every thread the least to do."""
-    batch, _, height, width = shape
-    most = max(1, min(LINE // width, ceil_divide(batch, threads)))
+def group_of(batch: int, width: int) -> int:
+    """Samples side by side: in as few rounds as their threads can take, shared evenly.
 
-    def cost(group: int) -> tuple[int, int]:
-        rounds = ceil_divide(ceil_divide(batch, group), threads)
-        return rounds * _lines(height, width, group, radius).length, -group
-
-    return _lines(height, width, min(range(1, most + 1), key=cost), radius)
+    In a form that holds for a batch of any size, as one compiled graph has to.
+    """
+    most, threads = max(1, LINE // width), _threads()
+    rounds = ceil_divide(ceil_divide(batch, most), threads)
+    return ceil_divide(batch, rounds * threads)
 
 
-def _lines(height: int, width: int, group: int, radius: int) -> Lines:
-    pixels, margin = width * group, max(1, radius) * group  # so that the length tells the group
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    """Of torch, for which a graph has a guard but no name."""
+    return torch.get_num_threads()
+
+
+def lines_of(height: int, width: int, group: int, radius: int) -> Lines:
+    """The lines of canvases of that many samples, for kernels of that radius at most."""
+    pixels, margin = width * group, radius * group
     length = ceil_divide(pixels, VECTOR) * VECTOR
     return Lines(height, width, group, margin, pixels, length, length + 2 * margin)
-
-
-def _lines_of_kept(kept: Tensor, width: int, radius: int) -> Lines:
-    """The lines of canvases (groups, height, channels, line), which the forward pass has kept."""
-    group = next(n for n in range(1, LINE + 1) if _lines(1, width, n, radius).line == kept.shape[3])
-    return _lines(kept.shape[1], width, group, radius)
 
 
 def _shares(groups: int) -> list[Array]:
@@ -194,11 +187,11 @@ def _radius(weights: Sequence[Any]) -> int:
 
 
 def run_forward(
-    x: Tensor, packed: Packed, activation: str, diagonal: bool, keep: bool
+    x: Tensor, packed: Packed, activation: str, diagonal: bool, keep: bool, group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the diagonal, and canvases of both hidden layers; what is not wanted is empty."""
     x = x.contiguous()
-    lines = lines_of(x.shape, packed.radius, torch.get_num_threads())
+    lines = lines_of(x.shape[2], x.shape[3], group, packed.radius)
     y, to_diagonal, h1, h2 = _results(x, len(packed.biases[0]), lines, diagonal, keep)
     groups = ceil_divide(len(x), lines.group)
 
@@ -206,7 +199,7 @@ def run_forward(
         canvas = (lines.height, len(packed.biases[0]), lines.line)
         kept = (h1, h2) if keep else (x.new_empty(1, *canvas), x.new_empty(1, *canvas))
         forward_groups(
-            add_products, some, x.numpy(), packed.t, packed.convs, packed.biases, packed.centres,
+            LOOPS, some, x.numpy(), packed.t, packed.convs, packed.biases, packed.centres,
             NAMES.index(activation), tuple(one.flatten(1).numpy() for one in kept), y.numpy(),
             to_diagonal.numpy(), lines,
         )  # fmt: skip
@@ -218,7 +211,7 @@ def run_forward(
 def _results(
     x: Tensor, hidden: int, lines: Lines, diagonal: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups = ceil_divide(len(x), lines.group) if keep else 0
+    groups = ceil_divide(x.shape[0], lines.group) if keep else 0  # len() would fix the batch
     canvases = (groups, lines.height, hidden, lines.line)
     contiguous = torch.contiguous_format
     return (
@@ -243,15 +236,16 @@ def _layer(
     activation: str,
     diagonal: bool,
     keep: bool,
+    group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
     packed = pack_layer(parts, order, triangle)
-    return run_forward(x.detach(), packed, activation, diagonal, keep)
+    return run_forward(x.detach(), packed, activation, diagonal, keep, group)
 
 
 def _layer_fake(x: Tensor, *parts_and_structure: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, (diagonal, keep) = parts_and_structure[:6:2], parts_and_structure[-2:]
-    lines = lines_of(x.shape, _radius(weights), torch.get_num_threads())
+    weights, (diagonal, keep, group) = parts_and_structure[:6:2], parts_and_structure[-3:]
+    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
     return _results(x, len(weights[0]), lines, diagonal, keep)
 
 
@@ -269,6 +263,7 @@ def _backward(
     triangle: str,
     activation: str,
     by_weights: bool,
+    group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parts = (weight1, weight2, weight3, t, x, by_y, by_diagonal)
     *weights, positive, inputs, upstream, to_diagonal = (
@@ -276,7 +271,7 @@ def _backward(
     )
     colours, hidden = len(positive), len(weight2)
     units = hidden // colours
-    lines = _lines_of_kept(h1, x.shape[3], _radius(weights))
+    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
     convs = tuple(_pack_transposed(one, colours, order, triangle) for one in reversed(weights))
     joined = join_centres(weights)
     both = _pack_centres(joined), _pack_centres(joined.swapaxes(1, 2))
@@ -293,7 +288,7 @@ def _backward(
     def work(part: tuple[int, Array]) -> None:
         thread, some = part
         backward_groups(
-            add_products, sum_of_products, some, inputs, positive, kept, upstream, to_diagonal,
+            LOOPS, some, inputs, positive, kept, upstream, to_diagonal,
             convs, both, plans, NAMES.index(activation), by_x.numpy(), tuple(biases[thread]),
             tuple(one[thread] for one in sums), lines,
         )  # fmt: skip
@@ -319,7 +314,7 @@ def _total(sums: Array) -> Array:
 def _backward_fake(
     x: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor, by_diagonal: Tensor, weight1: Tensor,
     weight2: Tensor, weight3: Tensor, t: Tensor, order: str, triangle: str,
-    activation: str, by_weights: bool,
+    activation: str, by_weights: bool, group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     contiguous = torch.contiguous_format
     by_x = torch.empty_like(x, memory_format=contiguous)
@@ -335,7 +330,7 @@ def _backward_fake(
 layer_op = register(
     "mint_layer_cpu(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
     "Tensor weight3, Tensor bias3, Tensor t, str order, str triangle, "
-    "str activation, bool diagonal, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str activation, bool diagonal, bool keep, SymInt group) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer,
     _layer_fake,
     devices=("CPU",),
@@ -343,7 +338,7 @@ layer_op = register(
 backward_op = register(
     "mint_layer_cpu_backward(Tensor x, Tensor h1, Tensor h2, Tensor by_y, Tensor by_diagonal, "
     "Tensor weight1, Tensor weight2, Tensor weight3, Tensor t, str order, "
-    "str triangle, str activation, bool by_weights) "
+    "str triangle, str activation, bool by_weights, SymInt group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -371,18 +366,18 @@ def products(plans: Sequence[Plan | Conv], lines: Lines, groups: int) -> int:
 @register_flop_formula(layer_op.overloadpacket, get_raw=True)
 def _layer_flops(x: Tensor, *parts_and_structure: Any, out_val: object) -> int:
     weights, t = parts_and_structure[:6:2], parts_and_structure[6]
-    order, triangle, _, diagonal, _ = parts_and_structure[7:]
+    order, triangle, _, diagonal, _, group = parts_and_structure[7:]
     plans = [_plan_of(one.shape, len(t), order, triangle, MOST) for one in weights]
     if diagonal:
         plans.append(_plan_of((*weights[1].shape[:2], 1, 1), len(t), "own", triangle, MOST))
-    lines = lines_of(x.shape, _radius(weights), torch.get_num_threads())
+    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
     return 2 * products(plans, lines, ceil_divide(len(x), lines.group))
 
 
 @register_flop_formula(backward_op.overloadpacket, get_raw=True)
 def _backward_flops(x: Tensor, h1: Tensor, *arguments: Any, out_val: object) -> int:
     weights, t = arguments[3:6], arguments[6]
-    order, triangle, _, by_weights = arguments[7:]
+    order, triangle, _, by_weights, group = arguments[7:]
     colours, shapes = len(t), [one.shape for one in weights]
     plans = [
         _plan_of((inputs, outputs, *kernel), colours, order, opposite(triangle), MOST)
@@ -391,7 +386,8 @@ def _backward_flops(x: Tensor, h1: Tensor, *arguments: Any, out_val: object) -> 
     plans += [_plan_of((*shapes[1][:2], 1, 1), colours, "own", triangle, MOST)] * 2
     if by_weights:
         plans += _plans_of_gradient(shapes, colours, order, triangle)
-    return 2 * products(plans, _lines_of_kept(h1, x.shape[3], _radius(weights)), len(h1))
+    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
+    return 2 * products(plans, lines, len(h1))
 
 
 class _MintLayer(torch.autograd.Function):
@@ -401,7 +397,7 @@ class _MintLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
         weight3: Tensor, bias3: Tensor, t: Tensor, order: str, triangle: str,
-        activation: str, diagonal: bool, recompute: bool,
+        activation: str, diagonal: bool, recompute: bool, group: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
         ctx.structure, ctx.diagonal, ctx.recompute = (
@@ -409,7 +405,10 @@ class _MintLayer(torch.autograd.Function):
             diagonal,
             recompute,
         )
-        y, to_diagonal, h1, h2 = layer_op(x, *parts, *ctx.structure, diagonal, not recompute)
+        ctx.group = group
+        y, to_diagonal, h1, h2 = layer_op(
+            x, *parts, *ctx.structure, diagonal, not recompute, ctx.group
+        )
         ctx.save_for_backward(x, *parts, *(() if recompute else (h1, h2)))
         return y, to_diagonal
 
@@ -417,10 +416,10 @@ class _MintLayer(torch.autograd.Function):
     def backward(ctx: Any, by_y: Tensor, by_diagonal: Tensor) -> tuple[Tensor | None, ...]:
         x, *parts = ctx.saved_tensors[:8]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_plain_gradients(ctx, x, parts, by_y, by_diagonal), *[None] * 5)
+            return (*_plain_gradients(ctx, x, parts, by_y, by_diagonal), *[None] * 6)
         weight1, _, weight2, _, weight3, _, t = parts
         if ctx.recompute:
-            _, _, h1, h2 = layer_op(x, *parts, *ctx.structure, False, True)
+            _, _, h1, h2 = layer_op(x, *parts, *ctx.structure, False, True, ctx.group)
         else:
             h1, h2 = ctx.saved_tensors[8:]
         if not ctx.diagonal:
@@ -428,9 +427,9 @@ class _MintLayer(torch.autograd.Function):
         by_weights = any(ctx.needs_input_grad[1:7])
         by_x, by_bias1, by_bias2, by_weight1, by_weight2, by_weight3 = backward_op(
             x, h1, h2, by_y, by_diagonal, weight1, weight2, weight3, t, *ctx.structure,
-            by_weights,
+            by_weights, ctx.group,
         )  # fmt: skip
-        gradients: list[Tensor | None] = [by_x] + [None] * 12
+        gradients: list[Tensor | None] = [by_x] + [None] * 13
         if by_weights:
             by_bias3 = by_y.sum((0, 2, 3))
             gradients[1:7] = [
@@ -465,7 +464,9 @@ def packed_forward(
     x: Tensor, packed: Packed, activation: str, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
     """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
-    y, to_diagonal, _, _ = run_forward(x.detach(), packed, activation, diagonal, keep=False)
+    group = group_of(len(x), x.shape[3])
+    x = x.detach().resolve_neg()  # as torch does for operators
+    y, to_diagonal, _, _ = run_forward(x, packed, activation, diagonal, False, group)
     return y, to_diagonal
 
 
@@ -483,10 +484,11 @@ def mint_forward(
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
     """
     parts = (*weights[:6], weights.t)
+    group = group_of(len(x), x.shape[3])
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *parts)):
         results = _MintLayer.apply(  # type: ignore[no-untyped-call]
-            x, *parts, *structure, diagonal, recompute
+            x, *parts, *structure, diagonal, recompute, group
         )
         return cast(tuple[Tensor, Tensor], results)
-    y, to_diagonal, _, _ = layer_op(x, *parts, *structure, diagonal, False)
+    y, to_diagonal, _, _ = layer_op(x, *parts, *structure, diagonal, False, group)
     return y, to_diagonal

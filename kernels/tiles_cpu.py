@@ -8,21 +8,30 @@ They are called through pointers, so that they are compiled once and not into ev
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_FEATURES = binding.get_host_cpu_features()
-#: floats in a vector, and vectors that the registers hold
-if _FEATURES.get("avx512f"):
-    VECTOR, REGISTERS = 16, 32
-elif _FEATURES.get("avx"):
-    VECTOR, REGISTERS = 8, 16
-else:
-    VECTOR, REGISTERS = 4, 32 if _FEATURES.get("neon") else 16
+# Those that numba compiles for, which its settings may make fewer than the machine has; they are
+# in the key of its cache, so that machines that share one do not take each other's sizes.
+*_, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
+
+
+def _sizes(features: str) -> tuple[int, int]:
+    """Floats in a vector, and vectors that the registers hold."""
+    present = features.split(",")
+    if "+avx512f" in present:
+        return 16, 32
+    if "+avx" in present:
+        return 8, 16
+    return 4, 32 if "+neon" in present else 16
+
+
+VECTOR, REGISTERS = _sizes(_FEATURES)
 #: the most outputs of a tile that is one or two vectors wide, and four: beside the sums, the
 #: registers hold the inputs and one weight
 MOST, FEW = (REGISTERS - 1 - 2) // 2, (REGISTERS - 1 - 4) // 4
@@ -61,9 +70,12 @@ def _everywhere(builder: Any, value: Any) -> Any:
 
 
 def _add_product(builder: Any, total: Any, left: Any, right: Any) -> None:
-    """``total += left * right``, rounded once; the total is a variable that gets a register."""
+    """``total += left * right``; the total is a variable that gets a register.
+
+    Rounded once where the machine can: elsewhere ``llvm.fma`` would call a function for each float.
+    """
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{VECTOR}f32")
+    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{VECTOR}f32")
     builder.store(builder.call(fma, [left, right, builder.load(total)]), total)
 
 
@@ -239,3 +251,22 @@ def sum_of_products(
         outputs, inputs, sums, left, line_left, row_left, right, line_right, row_right, rows,
         vectors,
     )  # fmt: skip
+
+
+class Loops(NamedTuple):
+    """Both loops, and the sizes of what they take.
+
+    Callers are given them: as constants they would stay in what numba keeps of a caller, for it
+    looks for changes in the caller's own file alone.
+    """
+
+    add: Any
+    dot: Any
+    vector: int
+    most: int
+    few: int
+    outputs: int
+    inputs: int
+
+
+LOOPS = Loops(add_products, sum_of_products, VECTOR, MOST, FEW, OUTPUTS, INPUTS)

@@ -1,6 +1,9 @@
 """The layer as numba compiles it: against the same layer in float64, in plain PyTorch."""
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +21,7 @@ from tests import grid
 pytest.importorskip("numba")
 from numba import types
 
-from mintnet_triton.kernels import mint_layer_cpu
+from mintnet_triton.kernels import canvas_cpu, mint_layer_cpu, tiles_cpu
 from mintnet_triton.kernels.canvas_cpu import SPAN, plan
 from mintnet_triton.kernels.tiles_cpu import VECTOR
 
@@ -166,6 +169,12 @@ def test_frozen_weights_and_the_map_alone() -> None:
                     assert torch.equal(computed, value)
 
 
+def test_a_negated_view_of_frozen_layers() -> None:
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    with torch.no_grad(), mint.frozen(layer):
+        assert torch.equal(layer(torch._neg_view(x))[0], layer(-x)[0])
+
+
 def test_gradient_of_the_map_alone() -> None:
     layer, x = make_layer(), torch.randn(4, 3, 5, 6)
     upstream = torch.randn_like(x)
@@ -248,17 +257,30 @@ def test_operators_are_well_formed_and_compile() -> None:
     structure = ("channel", "lower", "elu")
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        mint_layer_cpu.layer_op, (x, *parts, *structure, True, True), test_utils=tests
+        mint_layer_cpu.layer_op, (x, *parts, *structure, True, True, 2), test_utils=tests
     )
-    _, diagonal, h1, h2 = mint_layer_cpu.layer_op(x, *parts, *structure, True, True)
+    _, diagonal, h1, h2 = mint_layer_cpu.layer_op(x, *parts, *structure, True, True, 2)
     for by_weights in (True, False):
-        arguments = (x, h1, h2, x, diagonal, *parts[:6:2], parts[6], *structure, by_weights)
+        arguments = (x, h1, h2, x, diagonal, *parts[:6:2], parts[6], *structure, by_weights, 2)
         torch.library.opcheck(mint_layer_cpu.backward_op, arguments, test_utils=tests)
     upstream = torch.randn_like(x), torch.randn(4)
     expected = gradients(layer, x, upstream)
     layer.compile(backend="aot_eager", fullgraph=True)
     for name, value in gradients(layer, x, upstream).items():
         torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_graph_is_for_batches_of_many_sizes() -> None:
+    layer = make_layer()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for batch in (4, 7, 33):
+        x = torch.randn(batch, 3, 5, 6)
+        torch._dynamo.mark_dynamic(x, 0)  # raises if the size becomes part of the graph
+        y, log_det = compiled(x)
+        torch.testing.assert_close((y, log_det), layer(x))
+        torch.autograd.backward((y.sum(), log_det.sum()))
 
 
 @pytest.mark.parametrize("own_threads", [False, True])
@@ -324,8 +346,8 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows, vectors = numbers[-2:]
         calls.append(outputs * inputs * rows * vectors * VECTOR)
 
-    monkeypatch.setattr(mint_layer_cpu, "add_products", Stub(9, add))
-    monkeypatch.setattr(mint_layer_cpu, "sum_of_products", Stub(11, dot))
+    loops = tiles_cpu.LOOPS._replace(add=Stub(9, add), dot=Stub(11, dot))
+    monkeypatch.setattr(mint_layer_cpu, "LOOPS", loops)
     return calls
 
 
@@ -365,3 +387,38 @@ def test_declared_multiply_adds_are_done(case: dict[str, Any], done: list[int]) 
         ]
         assert len(declared) == 1 + (work_ is step)
         assert sum(declared) == 2 * sum(done) > 0
+
+
+BARE = """
+from numba.core import caching
+
+caching.CacheImpl._locator_classes = []  # as where no folder can be written to
+import torch
+from mintnet_triton import MintLayer, use_backend
+from mintnet_triton.kernels import tiles_cpu
+
+assert tiles_cpu.VECTOR == 4
+assert "llvm.fma." not in tiles_cpu.add_products.inspect_llvm()
+torch.manual_seed(0)
+layer, x = MintLayer(1, (2, 3), 2, initialisation="classifier"), torch.randn(3, 1, 2, 3)
+with torch.no_grad():
+    computed = layer(x)
+    with use_backend("torch"):
+        torch.testing.assert_close(computed, layer(x))
+"""
+
+
+def test_any_processor_without_a_cache() -> None:
+    """Vectors and multiply-adds are those of the processor that numba is told to compile for."""
+    settings = {"NUMBA_CPU_NAME": "generic", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", BARE], env=os.environ | settings, check=True)
+
+
+def test_what_numba_keeps_has_no_sizes_of_another_file() -> None:
+    """It would not see them change."""
+    functions = [one.py_func for one in vars(canvas_cpu).values() if hasattr(one, "py_func")]
+    assert canvas_cpu.add_tile.py_func in functions
+    for function in functions:
+        assert not {"VECTOR", *map(str.upper, tiles_cpu.Loops._fields)} & set(
+            function.__code__.co_names
+        ), function

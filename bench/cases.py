@@ -109,7 +109,7 @@ def all_cases(device: torch.device, extent: Extent) -> list[Case]:
 
     def layers(scales: Sequence[Scale], batch: int, mode: Mode, priority: int) -> None:
         rivals: tuple[str, ...] = ("ours", "torch", "naive") if full else ("ours", "naive")
-        if full and (gpu or (mode is FLOAT32 and scales is CIFAR10)):  # compiling takes its time
+        if full and (gpu or (mode is FLOAT32 and scales[0] in CIFAR10)):  # compiling takes its time
             rivals += ("compiled",)
         if gpu:
             rivals += ("ours, graph", "torch, graph")
@@ -180,7 +180,9 @@ def all_cases(device: torch.device, extent: Extent) -> list[Case]:
             model("mnist", 32, 64, mode, 1)
         sweeps([2**power for power in range(10)], (16, 32, 64, 128, 256), (8, 16, 32, 64))
     else:
-        layers(CIFAR10, 32 if full else 8, FLOAT32, 0)  # 32 as in the paper
+        # As in the paper, but at the first scale, where the literal layer would take minutes.
+        layers(CIFAR10[:1], 8, FLOAT32, 0)
+        layers(CIFAR10[1:], 32 if full else 8, FLOAT32, 0)
         convolutions(CIFAR10, 8, FLOAT32, 0)
         if full:
             convolutions(CIFAR10, 8, BFLOAT16, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import report, step
 from bench.run import read
 
 README = Path(__file__).parent.parent / "README.md"
@@ -46,3 +46,8 @@ def test_the_table_of_work_is_that_of_the_kernels() -> None:
 
     result = README.parent / "bench" / "results" / "work.md"
     assert result.read_text(encoding="utf-8") == work.table() + "\n"
+
+
+def test_the_table_of_a_training_step_is_of_its_result() -> None:
+    result = read(README.parent / "bench/results/amd-epyc-zen4-2-cores/step.json")
+    assert step.table(result) in README.read_text(encoding="utf-8")

@@ -351,6 +351,8 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+# Where nothing is multiplied, what is added up is whatever was in memory.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 @grid.over(
     lambda case: True,
     main=["shape", "of_weights", "recompute"],

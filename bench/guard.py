@@ -32,6 +32,7 @@ from bench.counting import (
     tiles_of,
 )
 from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer, wavefront
+from mintnet_triton.kernels.reference import Structure
 from mintnet_triton.ordering import Order
 
 FILE = Path(__file__).parent.parent / "tests" / "data" / "counted.json"
@@ -229,7 +230,7 @@ def dtype_of(operand: str) -> torch.dtype:
     return torch.float64 if operand == "float64" else torch.float32
 
 
-STRUCTURE = mint_layer.Structure("channel", "lower", "elu")
+STRUCTURE = Structure("channel", "lower", "elu")
 
 
 def launch_training(scale: Scale, operand: str) -> None:

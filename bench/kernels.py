@@ -30,8 +30,8 @@ from bench.rivals import RIVALS
 from bench.timing import Clock, Work, spread
 from mintnet_triton import MaskedConv2d, MintLayer
 from mintnet_triton.kernels import _configs, masked_conv, mint_layer
-from mintnet_triton.kernels.mint_layer import Structure, as_image, new_hidden
-from mintnet_triton.kernels.reference import join_centres
+from mintnet_triton.kernels.mint_layer import as_image, new_hidden
+from mintnet_triton.kernels.reference import Structure, join_centres
 from mintnet_triton.kernels.weights import pack
 
 #: tiles that the middle kernel is timed with, on top of those that the library itself tries

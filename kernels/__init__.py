@@ -22,7 +22,7 @@ from mintnet_triton.kernels.dispatch import (
     mint_wavefront,
 )
 from mintnet_triton.kernels.fronts import Bracket, Wave, steepest_share
-from mintnet_triton.kernels.reference import MintWeights, mint_magnitude
+from mintnet_triton.kernels.reference import MintWeights, centres_of, mint_magnitude
 
 __all__ = [
     "Activation",
@@ -31,6 +31,7 @@ __all__ = [
     "FrozenWeights",
     "MintWeights",
     "Wave",
+    "centres_of",
     "find_activation",
     "fixed_point",
     "full_float32",

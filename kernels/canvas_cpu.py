@@ -7,8 +7,7 @@ whatever the size of an image.
 
 A masked convolution adds up, for a *tile* of outputs, what each tap sees: one range of input
 channels (:mod:`.ranges`); nothing outside of it is loaded or multiplied, nor are taps beyond the
-border. The innermost loops, :mod:`.tiles_cpu`, run at what the arithmetic units can do; all else
-here costs little beside them.
+border. All products are in the innermost loops, :mod:`.tiles_cpu`.
 
 The diagonal, and the gradients, are as in :mod:`.mint_layer`: v is the product of the joined centre
 weights with the slopes of the other hidden layer.
@@ -20,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mintnet_triton.kernels._numba import compiled, summing
 from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES
 from mintnet_triton.kernels.ranges import seen_inputs
 from mintnet_triton.kernels.tiles_cpu import MOST
-from mintnet_triton.kernels.wavefront_cpu import compiled, summing
 
 #: floats along which a gradient by weights is summed at once: what it reads stays in a near cache
 SPAN = 1024
@@ -165,16 +164,12 @@ def plan(
                     taps.append((dy, dx, low, high, place))
                     place += (high - low) * (stop - start)
         tiles.append((start, stop - start, first_tap, len(taps)))
-    return Plan(
-        np.array(tiles, dtype=np.int64),
-        np.array(taps, dtype=np.int64).reshape(-1, 5),
-        place,
-    )
+    return Plan(np.array(tiles, np.int64), np.array(taps, np.int64).reshape(-1, 5), place)
 
 
 @compiled
 def fill(weight, tiles, taps, packed):
-    """Weights (outputs, inputs, k, k) in the order in which :func:`add_products` reads them."""
+    """Weights (outputs, inputs, k, k) in the order in which :func:`.add_products` reads them."""
     radius = weight.shape[2] // 2
     for tile in range(len(tiles)):
         first, rows = tiles[tile, 0], tiles[tile, 1]
@@ -398,6 +393,7 @@ def forward_groups(
 
 @summing
 def sum_of(values):
+    """In any order, as numpy's sum is not compiled."""
     total = ZERO
     for value in values:
         total += value
@@ -406,19 +402,9 @@ def sum_of(values):
 
 @compiled
 def hidden_gradient(
-    loops,
-    source,
-    inputs,
-    conv,
-    own,
-    other,
-    centres,
-    by_diagonal,
-    activation,
-    target,
-    by_bias,
+    loops, source, inputs, conv, own, other, centres, by_diagonal, activation, target, by_bias,
     lines,
-):
+):  # fmt: skip
     """The gradient by a hidden layer's pre-activations: ``s (r + g v s')``.
 
     Args:
@@ -507,14 +493,17 @@ def add_weight_gradient(
 
 @compiled
 def add_centre_gradient(
-    loops, tiles, taps, h1, h2, by_diagonal, activation, hidden, by_centres, top, bottom, lines
-):
-    """Add the gradient by the joined centres: products of both hidden layers' slopes."""
+    loops, tiles, taps, h1, h2, by_diagonal, activation, hidden, by_centres, left, right,
+    top, bottom, lines,
+):  # fmt: skip
+    """Add the gradient by the joined centres: products of both hidden layers' slopes.
+
+    Args:
+        left, right: (rows, hidden, length) or more, flat, to write to.
+    """
     length = lines.length
     rows = bottom - top
     units = hidden // (len(by_diagonal) // (lines.height * length))
-    left = np.empty(rows * hidden * length, np.float32)
-    right = np.empty(rows * hidden * length, np.float32)
     for y in range(rows):
         these = slice(y * hidden * length, (y + 1) * hidden * length)
         slopes_of_row(activation, h1, top + y, hidden, lines, right[these])
@@ -551,6 +540,9 @@ def backward_groups(
     by_a2 = np.empty(height * hidden * line, np.float32)
     by_a1 = np.empty(height * hidden * line, np.float32)
     bias = np.zeros(colours, np.float32)
+    span = min(height, max(1, SPAN // length))
+    left_slopes = np.empty(span * hidden * length, np.float32)
+    right_slopes = np.empty(span * hidden * length, np.float32)
     for g in groups:
         start = g * lines.group
         h1, h2 = kept[0][g], kept[1][g]
@@ -572,7 +564,6 @@ def backward_groups(
             continue
         canvas = np.zeros(height * colours * line, np.float32)
         put_images(x, start, canvas, lines)
-        span = max(1, SPAN // length)
         for top in range(0, height, span):
             bottom = min(height, top + span)
             for plan, left, outputs, right, inputs, by_weight in (
@@ -586,5 +577,5 @@ def backward_groups(
                 )  # fmt: skip
             add_centre_gradient(
                 loops, plans[3][0], plans[3][1], h1, h2, to_diagonal, activation, hidden,
-                by_weights[3], top, bottom, lines,
+                by_weights[3], left_slopes, right_slopes, top, bottom, lines,
             )  # fmt: skip

@@ -16,7 +16,7 @@ from mintnet_triton.kernels.backend import (
     use_triton,
 )
 from mintnet_triton.kernels.fronts import Slopes, Wave
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.reference import MintWeights, Structure
 
 if TRITON_INSTALLED:
     from mintnet_triton.kernels import inversion as triton_inversion
@@ -94,7 +94,7 @@ def _numba_layer(
         return mint_layer_cpu.packed_forward(x, packed, activation.name, diagonal)
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
-    structure = mint_layer_cpu.Structure(order, triangle, activation.name)
+    structure = Structure(order, triangle, activation.name)
     return mint_layer_cpu.mint_forward(x, weights, structure, diagonal, recompute)
 
 
@@ -132,7 +132,7 @@ def mint_forward(
         y in the dtype of x, the diagonal, both (B, C, H, W), and log_det (B,), both in that of t.
     """
     if use_triton(x, activation):
-        structure = triton_layer.Structure(order, triangle, activation.name)
+        structure = Structure(order, triangle, activation.name)
         if isinstance(weights, FrozenWeights) and torch.is_grad_enabled() and x.requires_grad:
             weights = weights.weights
         if isinstance(weights, FrozenWeights):
@@ -169,7 +169,7 @@ def fixed_point(
 
     See :class:`.inversion.Iterated` for what is returned.
     """
-    structure = triton_layer.Structure(order, triangle, activation.name)
+    structure = Structure(order, triangle, activation.name)
     packed = weights.packed(z.dtype)
     return triton_inversion.fixed_point(z, start, packed, structure, alpha, iterations, tolerance)
 

@@ -22,13 +22,13 @@ from mintnet_triton.kernels import _launch
 from mintnet_triton.kernels.masked_conv import add_conv
 from mintnet_triton.kernels.mint_layer import (
     Packed,
-    Structure,
     collect_diagonal,
     middle_tile,
     new_hidden,
     output_tile,
     run_hidden,
 )
+from mintnet_triton.kernels.reference import Structure
 from mintnet_triton.kernels.weights import kernel_size
 from mintnet_triton.kernels.work import Declared
 

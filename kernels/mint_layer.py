@@ -32,7 +32,7 @@ from mintnet_triton.kernels.masked_conv import (
     run_weight_gradient,
     seen_inputs,
 )
-from mintnet_triton.kernels.reference import MintWeights, join_centres
+from mintnet_triton.kernels.reference import MintWeights, Structure, join_centres
 from mintnet_triton.kernels.triton_activation import activate, slope, slope_derivative
 from mintnet_triton.kernels.weights import (
     centres_unit,
@@ -393,14 +393,6 @@ def pack_parts(
         t.contiguous(),
         unit,
     )
-
-
-class Structure(NamedTuple):
-    """What a layer's kernels are compiled for."""
-
-    order: str
-    triangle: str
-    activation: str
 
 
 def as_image(hidden: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from mintnet_triton.kernels.canvas_cpu import (
     forward_groups,
     plan,
 )
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.reference import MintWeights, Structure, centres_of, join
 from mintnet_triton.kernels.threads_cpu import share
 from mintnet_triton.kernels.tiles_cpu import LOOPS, MOST, OUTPUTS, VECTOR
 
@@ -64,14 +64,6 @@ def _shares(groups: int) -> list[Array]:
 
 def ceil_divide(a: int, b: int) -> int:
     return (a + b - 1) // b
-
-
-class Structure(NamedTuple):
-    """What a layer is, beside its weights."""
-
-    order: str
-    triangle: str
-    activation: str
 
 
 Conv = tuple[Array, Array, Array]  # tiles and taps of a plan, and weights in their order
@@ -115,47 +107,15 @@ def _pack_transposed(weight: Array, colours: int, order: str, triangle: str) -> 
     return _pack(turned, colours, order, opposite(triangle))
 
 
-def _centres(weights: Sequence[Array]) -> list[Array]:
-    """The diagonals D1 (C, K), D2 (C, K, K) and D3 (C, K) of three weights; copies."""
-    colours = len(weights[2])
-    own = np.arange(colours)
-    blocks = []
-    for weight in weights:
-        outputs, inputs, kernel, _ = weight.shape
-        middle = weight[..., kernel // 2, kernel // 2]
-        middle = middle.reshape(colours, outputs // colours, colours, inputs // colours)
-        blocks.append(middle[own, :, own])  # (C, outputs, inputs)
-    return [blocks[0][:, :, 0], blocks[1], blocks[2][:, 0]]
-
-
-def join_centres(weights: Sequence[Array]) -> Array:
-    """As :func:`.reference.join_centres`."""
-    centre1, centre2, centre3 = _centres(weights)
-    joined: Array = centre3[:, :, None] * centre2 * centre1[:, None, :]
-    return joined
-
-
 def _add_gradient_by_centres(
-    by_joined: Array, weights: Sequence[Array], by_weights: Sequence[Array]
+    by_joined: Tensor, weights: Sequence[Tensor], by_weights: Sequence[Tensor]
 ) -> None:
     """Add the gradient by the joined centres to those by the weights that they are made of."""
-    centre1, centre2, centre3 = _centres(weights)
-    by_centre2 = by_joined * centre3[:, :, None] * centre1[:, None, :]
-    by_centre1 = (by_joined * centre3[:, :, None] * centre2).sum(1)
-    by_centre3 = (by_joined * centre2 * centre1[:, None, :]).sum(2)
-    colours, units = centre1.shape
-    for weight, gradient, outputs, inputs in (
-        (by_weights[0], by_centre1, units, 1),
-        (by_weights[1], by_centre2, units, units),
-        (by_weights[2], by_centre3, 1, units),
-    ):
-        middle = weight.shape[-1] // 2
-        for c in range(colours):
-            rows, columns = (
-                slice(c * outputs, (c + 1) * outputs),
-                slice(c * inputs, (c + 1) * inputs),
-            )
-            weight[rows, columns, middle, middle] += gradient[c].reshape(outputs, inputs)
+    centre1, centre2, centre3 = centres_of(*weights)
+    by_centre1, by_centre2, by_centre3 = centres_of(*by_weights)  # views
+    by_centre1 += (by_joined * centre3.unsqueeze(2) * centre2).sum(1)
+    by_centre2 += by_joined * centre3.unsqueeze(2) * centre1.unsqueeze(1)
+    by_centre3 += (by_joined * centre2 * centre1.unsqueeze(1)).sum(2)
 
 
 def _pack_centres(centres: Array) -> Conv:
@@ -169,14 +129,14 @@ def _pack_centres(centres: Array) -> Conv:
 
 def pack_layer(parts: Sequence[Tensor], order: str, triangle: str) -> Packed:
     """Pack three weights and biases, one after the other, and t."""
-    arrays = [part.detach().contiguous().numpy() for part in parts]
-    weights, biases, t = arrays[:6:2], arrays[1:6:2], arrays[6]
-    first, second, third = (_pack(weight, len(t), order, triangle) for weight in weights)
+    parts = [part.detach().contiguous() for part in parts]
+    weights, (bias1, bias2, bias3), t = parts[:6:2], parts[1:6:2], parts[6]
+    first, second, third = (_pack(weight.numpy(), len(t), order, triangle) for weight in weights)
     return Packed(
         (first, second, third),
-        (biases[0], biases[1], biases[2]),
-        _pack_centres(join_centres(weights)),
-        t,
+        (bias1.numpy(), bias2.numpy(), bias3.numpy()),
+        _pack_centres(join(*centres_of(*weights)).numpy()),
+        t.numpy(),
         _radius(weights),
     )
 
@@ -265,50 +225,47 @@ def _backward(
     by_weights: bool,
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parts = (weight1, weight2, weight3, t, x, by_y, by_diagonal)
-    *weights, positive, inputs, upstream, to_diagonal = (
-        part.detach().contiguous().numpy() for part in parts
+    weights = [one.detach().contiguous() for one in (weight1, weight2, weight3)]
+    positive, inputs, upstream, to_diagonal = (
+        one.detach().contiguous().numpy() for one in (t, x, by_y, by_diagonal)
     )
     colours, hidden = len(positive), len(weight2)
     units = hidden // colours
     lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
-    convs = tuple(_pack_transposed(one, colours, order, triangle) for one in reversed(weights))
-    joined = join_centres(weights)
-    both = _pack_centres(joined), _pack_centres(joined.swapaxes(1, 2))
+    convs = tuple(
+        _pack_transposed(one.numpy(), colours, order, triangle) for one in reversed(weights)
+    )
+    joined = join(*centres_of(*weights))
+    both = _pack_centres(joined.numpy()), _pack_centres(joined.mT.numpy())
     shapes = [one.shape for one in weights]
     plans = tuple(one[:2] for one in _plans_of_gradient(shapes, colours, order, triangle))
     shares = _shares(len(h1))
-    threads = max(1, len(shares))
-    sums = [np.zeros((threads, *shape) if by_weights else (threads, 0, 0, 0, 0), np.float32)
-            for shape in (*shapes, (hidden, hidden, 1, 1))]  # fmt: skip
-    biases = np.zeros((threads, 2, hidden), np.float32)
+    summed = [*shapes, (hidden, hidden, 1, 1)] if by_weights else [(0, 0, 0, 0)] * 4
+    # Each thread has sums of its own, in memory of their own: what is not returned has to go.
+    sums = [
+        [np.zeros(shape, np.float32) for shape in ((hidden,), (hidden,), *summed)] for _ in shares
+    ]
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = h1.flatten(1).numpy(), h2.flatten(1).numpy()
 
-    def work(part: tuple[int, Array]) -> None:
-        thread, some = part
+    def work(part: tuple[Array, list[Array]]) -> None:
+        some, own = part
         backward_groups(
             LOOPS, some, inputs, positive, kept, upstream, to_diagonal,
-            convs, both, plans, NAMES.index(activation), by_x.numpy(), tuple(biases[thread]),
-            tuple(one[thread] for one in sums), lines,
+            convs, both, plans, NAMES.index(activation), by_x.numpy(), tuple(own[:2]),
+            tuple(own[2:]), lines,
         )  # fmt: skip
 
-    share(enumerate(shares), work)
-    by_biases, *totals = (_total(one) for one in (biases, *sums))
+    share(zip(shares, sums, strict=True), work)
+    for own in sums[1:]:
+        for total, one in zip(sums[0], own, strict=True):
+            total += one  # not by torch, whose threads would have to wake up
+    by_bias1, by_bias2, *by_three, by_dense = map(torch.from_numpy, sums[0])
     if by_weights:
-        own = np.arange(colours)
-        by_joined = totals.pop().reshape(colours, units, colours, units)[own, :, own]
-        _add_gradient_by_centres(by_joined, weights, totals)
-    gradients = [torch.from_numpy(one) for one in (*by_biases.copy(), *totals[:3])]
-    return by_x, gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]
-
-
-def _total(sums: Array) -> Array:
-    """The sum over threads, in place. Not by torch, whose threads would have to wake up."""
-    for one in sums[1:]:
-        sums[0] += one
-    first: Array = sums[0]
-    return first
+        blocks = by_dense.view(colours, units, colours, units)
+        by_joined = torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
+        _add_gradient_by_centres(by_joined, weights, by_three)
+    return by_x, by_bias1, by_bias2, by_three[0], by_three[1], by_three[2]
 
 
 def _backward_fake(
@@ -400,15 +357,9 @@ class _MintLayer(torch.autograd.Function):
         activation: str, diagonal: bool, recompute: bool, group: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
-        ctx.structure, ctx.diagonal, ctx.recompute = (
-            Structure(order, triangle, activation),
-            diagonal,
-            recompute,
-        )
-        ctx.group = group
-        y, to_diagonal, h1, h2 = layer_op(
-            x, *parts, *ctx.structure, diagonal, not recompute, ctx.group
-        )
+        ctx.structure = Structure(order, triangle, activation)
+        ctx.diagonal, ctx.recompute, ctx.group = diagonal, recompute, group
+        y, to_diagonal, h1, h2 = layer_op(x, *parts, *ctx.structure, diagonal, not recompute, group)
         ctx.save_for_backward(x, *parts, *(() if recompute else (h1, h2)))
         return y, to_diagonal
 
@@ -446,7 +397,9 @@ def _plain_gradients(
     """Gradients that can be differentiated again: of the same layer, computed by plain PyTorch."""
     order, triangle, activation = ctx.structure
     inputs = [x, *parts]
-    weights = reference.with_centres(*parts)
+    weight1, bias1, weight2, bias2, weight3, bias3, t = parts
+    centres = centres_of(weight1, weight2, weight3)
+    weights = MintWeights(weight1, bias1, weight2, bias2, weight3, bias3, *centres, t)
     function = find_activation(activation)
     results = reference.mint_forward(x, weights, function, order, triangle)
     wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
@@ -486,7 +439,7 @@ def mint_forward(
     parts = (*weights[:6], weights.t)
     group = group_of(len(x), x.shape[3])
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *parts)):
-        results = _MintLayer.apply(  # type: ignore[no-untyped-call]
+        results = _MintLayer.apply(  # type: ignore[no-untyped-call]  # torch's own
             x, *parts, *structure, diagonal, recompute, group
         )
         return cast(tuple[Tensor, Tensor], results)

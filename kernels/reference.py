@@ -13,6 +13,14 @@ from torch import Tensor
 from mintnet_triton.kernels.activation import Activation
 
 
+class Structure(NamedTuple):
+    """What a Mint layer is, beside its weights: all that its kernels have to be made for."""
+
+    order: str
+    triangle: str
+    activation: str
+
+
 class MintWeights(NamedTuple):
     """Effective (masked, sign-corrected) weights of one Mint layer.
 
@@ -104,37 +112,26 @@ def mint_forward(
 
 
 def join_centres(weights: MintWeights) -> Tensor:
-    """``D3 D2 D1`` (C, K, K): hidden unit j (last) to i, with both ends' weights to the pixel.
+    """:func:`join` of a layer's centres, never below float32, as t."""
+    return join(*(centre.to(weights.t.dtype) for centre in weights[6:9]))
 
-    Never below float32, as t.
-    """
-    centre1, centre2, centre3 = (centre.to(weights.t.dtype) for centre in weights[6:9])
+
+def join(centre1: Tensor, centre2: Tensor, centre3: Tensor) -> Tensor:
+    """``D3 D2 D1`` (C, K, K): hidden unit j (last) to i, with both ends' weights to the pixel."""
     return centre3.unsqueeze(2) * centre2 * centre1.unsqueeze(1)
 
 
-def with_centres(
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    weight3: Tensor,
-    bias3: Tensor,
-    t: Tensor,
-) -> MintWeights:
-    """Effective weights, with the centres as views of them."""
-    colours = len(t)
+def centres_of(weight1: Tensor, weight2: Tensor, weight3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The diagonals of three maps, as :class:`MintWeights` has them: views of the weights."""
+    colours = len(weight3)
 
     def centre(weight: Tensor) -> Tensor:
         """(C, outputs, inputs)."""
         middle = weight.shape[-1] // 2
-        outputs, inputs = (count // colours for count in weight.shape[:2])
-        blocks = weight[..., middle, middle].reshape(colours, outputs, colours, inputs)
+        blocks = weight[..., middle, middle].view(colours, len(weight) // colours, colours, -1)
         return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
 
-    return MintWeights(
-        weight1, bias1, weight2, bias2, weight3, bias3,
-        centre(weight1)[:, :, 0], centre(weight2), centre(weight3)[:, 0], t,
-    )  # fmt: skip
+    return centre(weight1).squeeze(2), centre(weight2), centre(weight3).squeeze(1)
 
 
 def mint_magnitude(x: Tensor, weights: MintWeights, activation: Activation) -> Tensor:

@@ -2,19 +2,20 @@
 
 No compiler can be relied on to keep a tile of sums in vector registers, so these two loops are
 written as LLVM's instructions, for the vectors of the machine that they run on. Everything in them
-is a multiply-add but one load for each factor: they run at what the arithmetic units can do.
+is a multiply-add but one load for each factor.
 
-They are called through pointers, so that they are compiled once and not into every caller.
+The addresses that they are given are of float32, where nothing else is said.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+from mintnet_triton.kernels._numba import called_through_pointer
 
 # Those that numba compiles for, which its settings may make fewer than the machine has; they are
 # in the key of its cache, so that machines that share one do not take each other's sizes.
@@ -206,20 +207,7 @@ def _sum_of_products(
     return types.void(*[types.int64] * 11), code
 
 
-def _compiled_once(arguments: int) -> Callable[[Callable[..., None]], Any]:
-    """A decorator that makes a function of so many integers that is called through a pointer."""
-    signature = types.void(*[types.int64] * arguments)
-
-    def compile_(function: Callable[..., None]) -> Any:
-        try:
-            return numba.cfunc(signature, cache=True)(function)
-        except RuntimeError:  # no folder can be written to
-            return numba.cfunc(signature)(function)
-
-    return compile_
-
-
-@_compiled_once(9)
+@called_through_pointer(9)
 def add_products(rows, vectors, sums, stride, weights, source, distance, runs, count):
     """``sums[row, :] += sum_k weights[k, row] * source[k, :]``, over several runs of k.
 
@@ -231,10 +219,12 @@ def add_products(rows, vectors, sums, stride, weights, source, distance, runs, c
         runs, count: address of (count, 3) integers: where a run begins in the source, its length,
             and where its weights begin.
     """
-    _add_products(rows, vectors, sums, stride, weights, source, distance, runs, count)  # type: ignore[call-arg]
+    _add_products(  # type: ignore[call-arg]  # numba adds the first
+        rows, vectors, sums, stride, weights, source, distance, runs, count
+    )
 
 
-@_compiled_once(11)
+@called_through_pointer(11)
 def sum_of_products(
     outputs, inputs, sums, left, line_left, row_left, right, line_right, row_right, rows, vectors
 ):
@@ -247,7 +237,7 @@ def sum_of_products(
             The right factor likewise.
         rows, vectors: to sum along.
     """
-    _sum_of_products(  # type: ignore[call-arg]
+    _sum_of_products(  # type: ignore[call-arg]  # numba adds the first
         outputs, inputs, sums, left, line_left, row_left, right, line_right, row_right, rows,
         vectors,
     )  # fmt: skip

@@ -13,16 +13,15 @@ Groups of samples are independent; threads share them.
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from mintnet_triton.kernels import fronts
+from mintnet_triton.kernels._numba import compiled, summing
 from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES, Activation
 from mintnet_triton.kernels.fronts import (
     Slopes,
@@ -53,22 +52,6 @@ LINEAR = -1
 ELU, LEAKY_RELU, SOFTPLUS, TANH, SIGMOID = (
     NAMES.index(name) for name in ("elu", "leaky_relu", "softplus", "tanh", "sigmoid")
 )
-
-
-def _compiler(*fastmath: str) -> Callable[..., Any]:
-    """A decorator that compiles, and keeps what it has compiled where there is a place for it."""
-
-    def compile_(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(nogil=True, cache=True, fastmath=set(fastmath))(function)
-        except RuntimeError:  # no folder can be written to
-            return numba.njit(nogil=True, fastmath=set(fastmath))(function)
-
-    return compile_
-
-
-compiled = _compiler("contract")
-summing = _compiler("contract", "reassoc")  # sums of lines, in any order
 
 
 @summing

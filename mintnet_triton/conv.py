@@ -84,19 +84,6 @@ class MaskedConv2d(nn.Module):
         seen = self.mask[:, None, :, None]
         return torch.where(seen, self._by_colour(self.weight), 0).view_as(self.weight)
 
-    def centre(self, weight: Tensor) -> Tensor:
-        """The weights from a colour to itself at the same pixel.
-
-        Args:
-            weight: shaped like ``self.weight``.
-
-        Returns:
-            (C, out units, in units), a view of ``weight``.
-        """
-        middle = weight.shape[-1] // 2
-        blocks = self._by_colour(weight)[..., middle, middle]
-        return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
-
     def _by_colour(self, weight: Tensor) -> Tensor:
         outputs, inputs, height, width = weight.shape
         blocks = (self.colours, outputs // self.colours, self.colours, inputs // self.colours)

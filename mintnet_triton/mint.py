@@ -17,6 +17,7 @@ from mintnet_triton.kernels import (
     FrozenWeights,
     MintWeights,
     Wave,
+    centres_of,
     find_activation,
     fixed_point,
     mint_exact_map,
@@ -135,9 +136,7 @@ class MintLayer(TriangularMap):
         weight1, weight2, weight3 = (
             conv.masked_weight() for conv in (self.conv1, self.conv2, self.conv3)
         )
-        centre1 = self.conv1.centre(weight1).squeeze(2)
-        centre2 = self.conv2.centre(weight2)
-        centre3 = self.conv3.centre(weight3).squeeze(1)
+        centre1, centre2, centre3 = centres_of(weight1, weight2, weight3)
         # |w| = sign(w) w, with the derivative that abs has; in place, for weight2 is new.
         centre2.mul_(
             centre3.detach().sign().unsqueeze(2)
@@ -173,6 +172,8 @@ class MintLayer(TriangularMap):
 
     def evaluator(self) -> Evaluator:
         weights = self._weights()
+        if isinstance(weights, MintWeights) and not torch.is_grad_enabled():
+            weights = FrozenWeights(weights)  # packed once for all evaluations
         return lambda x: mint_forward(x, weights, self.activation, *self._structure)[:2]
 
     def start(self, z: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST
 from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer, wavefront
+from mintnet_triton.kernels.reference import Structure
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "tests" / "data" / "compiled.json"
@@ -58,7 +59,7 @@ class Case(NamedTuple):
     kernels: str = ".*"  # what "<kernel> of <input channels of a colour>" begins with
     inverse: bool = True
     alone: bool = True  # the convolution, outside a layer
-    structure: mint_layer.Structure = mint_layer.Structure("channel", "lower", "elu")
+    structure: Structure = Structure("channel", "lower", "elu")
 
 
 #: for sm_90 every scale of the flows, and so every tile that its tables yield
@@ -78,7 +79,7 @@ CASES = (
 #: what the mask and the activation make of the kernels, once
 MIRRORED = Case(
     4, 11, 14, kernels="middle|hidden|weight", inverse=False, alone=False,
-    structure=mint_layer.Structure("pixel", "upper", "softplus"),
+    structure=Structure("pixel", "upper", "softplus"),
 )  # fmt: skip
 
 #: for tables that a listed architecture has too: the tiles that take most memory

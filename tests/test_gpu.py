@@ -21,6 +21,7 @@ from bench.cases import CIFAR10, MNIST, Scale, make_layer, relative_rms
 from bench.race import collect
 from bench.timing import capture
 from mintnet_triton.kernels import _launch, inversion, mint_layer
+from mintnet_triton.kernels.reference import Structure
 from tests.grid import TOLERANCES, dtype_of, precision_of
 
 pytestmark = [
@@ -217,7 +218,7 @@ def solve(layer: mint.MintLayer, z: Tensor, iterations: int, tolerance: float) -
     """Algorithm 1 by the kernels alone."""
     packed = mint_layer.pack_layer(layer.effective_weights(), z.dtype)
     assert layer.ordering is not None
-    structure = mint_layer.Structure(layer.ordering.order, layer.ordering.triangle, "elu")
+    structure = Structure(layer.ordering.order, layer.ordering.triangle, "elu")
     start = z / layer.positive_t()
     return inversion.fixed_point(z, start, packed, structure, 1.0, iterations, tolerance)
 

@@ -31,6 +31,7 @@ from mintnet_triton.kernels import (
     mint_layer_cpu,
     work,
 )
+from mintnet_triton.kernels.reference import Structure
 from tests import test_compile
 from tests.compiled import REPORT
 
@@ -389,7 +390,7 @@ def test_kernels_multiply_what_is_counted_as_scheduled(
     tile = _configs.Tile(64, 16, 32, 4, 2)
 
     def train() -> None:
-        structure = mint_layer.Structure(order, triangle, "elu")
+        structure = Structure(order, triangle, "elu")
         with _configs.using("sm_90", "half", 3, 21, tile):
             with torch.autocast("cpu", torch.float16, enabled=half):
                 y, _, log_det = mint_layer.mint_forward(x, weights, structure)

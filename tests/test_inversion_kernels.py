@@ -10,6 +10,7 @@ from torch import Tensor
 import mintnet_triton as mint
 from mintnet_triton.kernels import inversion, mint_layer
 from mintnet_triton.kernels.activation import NAMES
+from mintnet_triton.kernels.reference import Structure
 from tests import grid
 from tests.test_masked_conv_kernels import ORDERINGS
 from tests.test_mint_layer_kernels import affordable, flow, forward, random, random_layer
@@ -114,7 +115,7 @@ def test_an_update_against_float64(case: grid.Case, monkeypatch: pytest.MonkeyPa
     shape = (case["batch"], case["colours"], *case["size"])
     start, z = random(*shape, numbers=numbers), 3 * random(*shape, numbers=numbers)
     order, triangle = case["ordering"]
-    structure = mint_layer.Structure(order, triangle, case["activation"])
+    structure = Structure(order, triangle, case["activation"])
     with torch.no_grad(), grid.guarded(monkeypatch) as launched:
         packed = mint_layer.pack_layer(layer.effective_weights(), z.dtype)
         computed = inversion.fixed_point(z, start, packed, structure, alpha, 1, 0.0)

@@ -16,6 +16,7 @@ import mintnet_triton as mint
 from mintnet_triton import MintLayer, use_backend
 from mintnet_triton.kernels import threads_cpu, work
 from mintnet_triton.kernels.activation import NAMES
+from mintnet_triton.kernels.reference import Structure
 from tests import grid
 
 pytest.importorskip("numba")
@@ -128,7 +129,7 @@ def test_variables_that_are_not_seen_do_not_matter() -> None:
     x = torch.randn(2, 2, 4, 4)
     later = torch.zeros_like(x, dtype=torch.bool)
     later[:, 0, 2, 2:] = later[:, 0, 3] = later[:, 1] = True
-    structure = mint_layer_cpu.Structure("channel", "lower", "elu")
+    structure = Structure("channel", "lower", "elu")
     with torch.no_grad():
         results = [
             mint_layer_cpu.mint_forward(x.masked_fill(later, value), weights, structure)
@@ -376,7 +377,7 @@ def test_declared_multiply_adds_are_done(case: dict[str, Any], done: list[int]) 
 
     def y_alone() -> None:
         weights = layer.effective_weights()
-        structure = mint_layer_cpu.Structure(case["order"], case["triangle"], "elu")
+        structure = Structure(case["order"], case["triangle"], "elu")
         mint_layer_cpu.mint_forward(x, weights, structure, diagonal=False)
 
     for work_ in (step, y_alone):
@@ -424,3 +425,12 @@ def test_what_numba_keeps_has_no_sizes_of_another_file() -> None:
         assert not {"VECTOR", *map(str.upper, tiles_cpu.Loops._fields)} & set(
             function.__code__.co_names
         ), function
+
+
+def test_gradients_hold_no_more_memory_than_their_own() -> None:
+    layer = make_layer()
+    gradients(layer, torch.randn(4, 3, 5, 6), (torch.randn(4, 3, 5, 6), torch.randn(4)))
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        assert storage.nbytes() == parameter.numel() * parameter.element_size(), name

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mintnet_triton.kernels import fronts, reference
+from mintnet_triton.kernels import fronts, products_cpu, reference
 from mintnet_triton.kernels.activation import Activation
 from mintnet_triton.kernels.backend import (
     TRITON_INSTALLED,
@@ -193,10 +193,8 @@ def mint_exact_map(
     x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
 ) -> Tensor:
     """y of a Mint layer in float64, without gradients."""
-    if use_numba(x, activation, torch.float64) and not use_triton(x, activation):
-        from mintnet_triton.kernels import wavefront_cpu
-
-        return wavefront_cpu.mint_map(x, weights, activation)
+    if x.device.type == "cpu" and not use_triton(x, activation):
+        return products_cpu.mint_map(x, weights, activation)
     return mint_map(x, weights, activation, order, triangle)
 
 

@@ -31,6 +31,7 @@ from mintnet_triton.kernels.fronts import (
     seen_before,
     steepest_share,
 )
+from mintnet_triton.kernels.products_cpu import PaddedImages, by_tap
 from mintnet_triton.kernels.reference import MintWeights
 from mintnet_triton.kernels.threads_cpu import share
 
@@ -437,56 +438,6 @@ def pack_centres(centres: Tensor) -> np.ndarray[Any, Any]:
     return lines.transpose(1, 2).contiguous().numpy()
 
 
-class Canvas:
-    """Images with a border of zeros, in one line: a shifted image is a shifted line.
-
-    Args:
-        channels: of an image.
-    """
-
-    def __init__(self, batch: int, channels: int, height: int, width: int, radius: int) -> None:
-        self.stride, self.radius = width + 2 * radius, radius
-        self.images = torch.zeros(
-            channels, batch, height + 2 * radius, self.stride, dtype=torch.float64
-        )
-
-    def put(self, values: Tensor, block: int) -> None:
-        """Write a block (batch, channels, height, width), of which there are some before."""
-        inside = slice(self.radius, -self.radius or None)
-        channels = slice(block * values.shape[1], (block + 1) * values.shape[1])
-        self.images[channels, :, inside, inside] = values.transpose(0, 1)
-
-    def convolve(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """The convolution of the first channels by weights (k * k, outputs, inputs)."""
-        taps, outputs, inputs = weight.shape
-        kernel = math.isqrt(taps)
-        lines = self.images[:inputs].flatten(1)
-        margin = self.radius * (self.stride + 1)
-        sums = bias.unsqueeze(1).expand(-1, lines.shape[1]).contiguous()
-        inside = slice(margin, lines.shape[1] - margin)
-        for tap in range(taps if inputs else 0):
-            shift = (tap // kernel - kernel // 2) * self.stride + tap % kernel - kernel // 2
-            seen = lines[:, margin + shift : lines.shape[1] - margin + shift]
-            sums[:, inside].addmm_(weight[tap], seen)
-        border = slice(self.radius, -self.radius or None)
-        images = sums.view(outputs, *self.images.shape[1:])[:, :, border, border]
-        return images.transpose(0, 1)
-
-
-@torch.no_grad()
-def mint_map(x: Tensor, weights: MintWeights, activation: Activation) -> Tensor:
-    """y of a Mint layer; torch's own convolution of float64 is several times slower on a CPU."""
-    values = x
-    for layer, (weight, bias) in enumerate(zip(weights[:6:2], weights[1:6:2], strict=True)):
-        batch, channels, height, width = values.shape
-        canvas = Canvas(batch, channels, height, width, weight.shape[-1] // 2)
-        canvas.put(values, 0)
-        values = canvas.convolve(_by_tap(weight), bias)
-        if layer < 2:
-            values = activation.function(values)
-    return values + weights.t * x
-
-
 def wavefront(
     z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
 ) -> Wave:
@@ -525,17 +476,12 @@ def _block(first: int, skew: Skew, weights: MintWeights, share: Tensor, order: s
         ),
         share[own].numpy(),
         (
-            _by_tap(weights.weight1[wide, : own.start]),
-            _by_tap(weights.weight2[wide, : wide.start]),
-            _by_tap(weights.weight3[own, : wide.start]),
+            by_tap(weights.weight1[wide, : own.start]),
+            by_tap(weights.weight2[wide, : wide.start]),
+            by_tap(weights.weight3[own, : wide.start]),
         ),
         (weights.bias1[wide], weights.bias2[wide], weights.bias3[own]),
     )
-
-
-def _by_tap(weight: Tensor) -> Tensor:
-    """(outputs, inputs, k, k) -> (k * k, outputs, inputs)."""
-    return weight.permute(2, 3, 0, 1).flatten(0, 1).contiguous()
 
 
 def _colours_of_a_block(colours: int, units: int, order: str) -> int:
@@ -593,15 +539,15 @@ def _solve_groups(
     given = [skew.new(units if slopes else 0) for _ in range(2)]
     arrays = [one.numpy() for one in (x, target, t, *layers[1:], *given, diagonal, error, steps)]
     before = colours - skew.colours  # colours that some block looks back on
-    canvases = [Canvas(group, before * size, height, width, skew.radius) for size in sizes]
+    padded = [PaddedImages(group, before * size, height, width, skew.radius) for size in sizes]
     for start in starts:
         stop = min(batch, start + group)
         # Spare lanes solve the last sample again.
         index = torch.arange(start, start + group).clamp(max=batch - 1)
         for position, block in enumerate(blocks):
             known1, known2, known3 = (
-                canvas.convolve(weight, bias)
-                for canvas, weight, bias in zip(canvases, block.before, block.biases, strict=True)
+                one.convolve(weight, bias)
+                for one, weight, bias in zip(padded, block.before, block.biases, strict=True)
             )
             skew.put(layers[1], known1)
             skew.put(layers[2], known2)
@@ -616,5 +562,5 @@ def _solve_groups(
             for storage, field in zip((x, diagonal, error, steps), wave, strict=True):
                 field[start:stop, block.own] = skew.get(storage)[: stop - start]
             if block is not blocks[-1]:
-                for canvas, storage in zip(canvases, layers, strict=True):
-                    canvas.put(skew.get(storage), position)
+                for one, storage in zip(padded, layers, strict=True):
+                    one.put(skew.get(storage), position)

@@ -26,7 +26,8 @@ from mintnet_triton.kernels import canvas_cpu, mint_layer_cpu, tiles_cpu
 from mintnet_triton.kernels.canvas_cpu import SPAN, plan
 from mintnet_triton.kernels.tiles_cpu import VECTOR
 
-TOLERANCE = 2e-5  # relative, root mean square: a kink may be on either side of a rounded number
+#: relative, root mean square; of gradients, where a kink is on either side of a rounded number
+TOLERANCE, OF_GRADIENTS = 5e-6, 2e-5
 
 
 def make_layer(
@@ -57,7 +58,8 @@ def assert_close(computed: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     assert computed.keys() == expected.keys()
     for name, value in computed.items():
         error = (value.double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-12)
-        assert error < TOLERANCE, f"{name}: {error:.1e}"
+        tolerance = TOLERANCE if name in ("y", "log_det") else OF_GRADIENTS
+        assert error < tolerance, f"{name}: {error:.1e}"
 
 
 def compare(layer: MintLayer, x: Tensor) -> None:

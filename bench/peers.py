@@ -462,6 +462,17 @@ class ResNet(nn.Module):
                 width = 2 * width if halves else width
         self.fc = nn.Linear(width, classes)
 
+    @classmethod
+    def of_size(cls, channels: int, classes: int, layers: int, parameters: int) -> "ResNet":
+        """The network with about as many layers, of the width that is nearest in parameters."""
+        depth = 6 * max(1, round((layers - 2) / 6)) + 2
+        # Nearly a square of the width, so its root at one width tells the others.
+        width = 16
+        for _ in range(3):
+            count = count_parameters(cls(channels, classes, depth, width))
+            width = max(1, round(width * math.sqrt(parameters / count)))
+        return cls(channels, classes, depth, width)
+
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, classes) of images (B, C, H, W)."""
         return F.log_softmax(self.fc(self.blocks(self.stem(images)).mean((2, 3))), dim=1)

@@ -159,6 +159,7 @@ def train(
     description: Mapping[str, Any],
     *,
     max_minutes: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
     resume: bool = False,
     checkpoint_every: int = 500,
     keep: int = 3,
@@ -179,6 +180,7 @@ def train(
         description: of JSON's types: what else tells this run from others. It is written to
             ``run.json`` beside recipe, objective and data, and a run is resumed only if all agree.
         max_minutes: for this call; one step is made at least.
+        clock: tells the seconds of which those minutes are made, and the log's.
         resume: go on from the last checkpoint in the folder, if there is one.
         checkpoint_every: steps from one checkpoint to the next.
         keep: checkpoints to keep. The best is kept besides: by the loss on the held-out images, or,
@@ -195,15 +197,15 @@ def train(
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     if max_minutes is not None and not max_minutes > 0:
         raise ValueError(f"max_minutes must be above 0, got {max_minutes}")
-    loop = _Loop(model, data, objective, recipe, RunFolder(folder, keep), description)
+    loop = _Loop(model, data, objective, recipe, RunFolder(folder, keep), description, clock)
     loop.begin(resume)
     logged = folder / "tensorboard" if tensorboard and loop.writes else None
     with _interruptions() as interrupted, _board(logged, loop.state.step) as board:
         loop.board = board
-        deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        deadline = math.inf if max_minutes is None else clock() + 60 * max_minutes
 
         def must_stop() -> bool:
-            return interrupted.is_set() or time.monotonic() > deadline
+            return interrupted.is_set() or clock() > deadline
 
         return loop.run(checkpoint_every, must_stop)
 
@@ -217,7 +219,9 @@ class _Loop:
         recipe: Recipe,
         folder: RunFolder,
         description: Mapping[str, Any],
+        clock: Callable[[], float],
     ) -> None:
+        self.clock = clock
         self.held_out: ImageSet | None = None
         if recipe.validation:
             data, self.held_out = data.hold_out(recipe.validation)
@@ -256,7 +260,7 @@ class _Loop:
 
     def run(self, checkpoint_every: int, must_stop: Callable[[], bool]) -> TrainingResult:
         state, recipe = self.state, self.recipe
-        began = time.monotonic() - state.seconds
+        began = self.clock() - state.seconds
         since_log, since_checkpoint = _Means(state), _Means(state)
         checkpoint = self._last_checkpoint()
         self.parallel.train()
@@ -265,7 +269,7 @@ class _Loop:
                 if state.finished(recipe):
                     break
                 row, stop = self._step(batch, must_stop())
-                state.seconds = time.monotonic() - began
+                state.seconds = self.clock() - began
                 since_log.add(row)
                 since_checkpoint.add(row)
                 metric = self.objective.metric

@@ -1,0 +1,328 @@
+"""Mint models and their rivals on equal terms: ``python -m bench.tables density|classify``.
+
+Table 2 of the paper compares flows, Table 1 a classifier with a ResNet. Here every model has about
+as many parameters as the preset's Mint model, and is trained by the same loop on the same images:
+at every learning rate of one grid with the first seed, then with the other seeds at the best rate.
+Images held out of training choose that rate, and the best checkpoint of a run; the test images are
+only looked at for the table.
+
+Flows get the same time, at constant rates and with their weights averaged, so that no schedule has
+to know how many steps the time will do. Time is that of one core, which a run has to itself: it is
+counted for the process, hence runs can be made side by side. Classifiers get the preset's epochs.
+A run that is in the file already is not made again.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bench.peers import PEERS, ResNet, count_parameters
+from mintnet_triton.recipes.commands import new_model
+from mintnet_triton.recipes.data import DataName, load_images
+from mintnet_triton.recipes.evaluation import evaluate
+from mintnet_triton.recipes.objectives import make_objective
+from mintnet_triton.recipes.recipe import Experiment, read_experiment
+from mintnet_triton.recipes.runs import RunFolder, write_atomically
+from mintnet_triton.recipes.training import DivergedError, TrainingState, train
+
+MINT = "mint"
+RESNET = "resnet"
+RATES = (1e-3, 3e-3, 1e-2)
+CHECKPOINT_EVERY = 100  # steps from one look at the held-out images to the next
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who takes part in a table, and on which terms."""
+
+    models: tuple[str, ...]
+    minutes: float | None  #: of training, for each run; None: as long as the preset says
+    draws: int  #: of the noise, for each test image
+    changes: dict[str, Any]  #: of the preset
+
+
+CONTESTS = {
+    "density": Contest(
+        models=(MINT, *PEERS),
+        minutes=5.0,
+        draws=5,
+        changes={
+            "batch_size": 64,
+            "steps": 10**9,  # time ends a run
+            "schedule": "milestones",  # with none: a constant rate
+            "milestones": [],
+            "average": 0.99,
+        },
+    ),
+    "classify": Contest(models=(MINT, RESNET), minutes=None, draws=1, changes={}),
+}
+
+
+class OtherTermsError(ValueError):
+    """The file holds results that were got on other terms."""
+
+
+class Job(NamedTuple):
+    """A run to be made."""
+
+    task: str
+    data: DataName
+    model: str
+    rate: float
+    seed: int
+    minutes: float | None
+    changes: dict[str, Any]  #: of the preset
+
+
+def build(name: str, experiment: Experiment) -> nn.Module:
+    """A model by its name; all are as large as the experiment's Mint model."""
+    mint = new_model(experiment)
+    if name == MINT:
+        return mint
+    torch.manual_seed(experiment.recipe.seed)
+    np.random.seed(experiment.recipe.seed)
+    channels, size = experiment.data["channels"], experiment.data["image_size"]
+    count = count_parameters(mint)
+    if name == RESNET:
+        return ResNet.of_size(
+            channels, experiment.model["classes"], 2 * experiment.model["pairs"], count
+        )
+    return PEERS[name].build((channels, size, size), count)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train one model and judge it; what diverged or is not finite has no score."""
+    changes = {**job.changes, "seed": job.seed, "learning_rate": job.rate}
+    experiment = read_experiment(job.data, job.task, changes)
+    data = load_images(job.data)
+    model, recipe = build(job.model, experiment), experiment.recipe
+    objective = make_objective(job.task, experiment.data)
+    facts: dict[str, Any] = {
+        "model": job.model,
+        "rate": job.rate,
+        "seed": job.seed,
+        "parameters": count_parameters(model),
+        "validation_loss": None,
+        objective.metric: None,
+    }
+    with tempfile.TemporaryDirectory() as where:
+        folder = RunFolder(Path(where))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # the bars of many runs at once
+                train(
+                    model,
+                    data,
+                    objective,
+                    recipe,
+                    folder.path,
+                    {"model": job.model},
+                    max_minutes=job.minutes,
+                    clock=time.process_time,
+                    checkpoint_every=CHECKPOINT_EVERY,
+                    keep=1,
+                )
+        except DivergedError as error:
+            # What follows is where the checkpoints were.
+            return {**facts, "diverged": str(error).partition(". ")[0]}
+        last = folder.load()
+        facts |= {"steps": last["step"], "seconds": last["seconds"]}
+        if not folder.best.is_file():
+            return {**facts, "diverged": "never finite on the held-out images"}
+        state = TrainingState.start(model, recipe)
+        state.load_state_dict(folder.load("best"))
+    facts |= {"best_step": state.step, "validation_loss": state.best}
+    found = evaluate(state.evaluated(), data.test, objective, CONTESTS[job.task].draws)
+    if not found.loss.isfinite().all():
+        wrong = int((~found.loss.isfinite()).any(0).sum())
+        return {**facts, "diverged": f"not finite on {wrong} test images"}
+    return {**facts, objective.metric: float(found.metric.mean())}
+
+
+def run_all(
+    task: str,
+    data_name: DataName,
+    path: Path,
+    pool: Executor,
+    *,
+    minutes: float | None,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    models: Sequence[str],
+) -> dict[str, Any]:
+    """Make the runs that the file lacks, and write it after each.
+
+    Args:
+        task: "density" or "classify".
+        data_name: of a data set and of the preset for it.
+        path: of the file.
+        pool: makes the runs, several at once perhaps.
+        minutes: of a core, for each run; None: as long as the preset says.
+        seeds: of initial values, order and noise; all rates are tried with the first.
+        rates: learning rates of Adam.
+        models: by name: "mint", and keys of :data:`PEERS` or "resnet".
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        OtherTermsError: the file is of another task, other data, another time or recipe.
+        MissingLibraryError: the library of a peer is not installed.
+    """
+    data = load_images(data_name)
+    count = data.train.count()
+    assert count is not None, "the data sets of this size are no streams"
+    terms: dict[str, Any] = {
+        "task": task,
+        "data": data_name,
+        "levels": data.levels,
+        "minutes": minutes,
+        "changes": {**CONTESTS[task].changes, "validation": count // 10},
+    }
+    results: dict[str, Any] = {**terms, "torch": torch.__version__, "runs": []}
+    if path.is_file():
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in terms.items():
+            if results[key] != value:
+                raise OtherTermsError(f"{path} has {key}={results[key]!r}, not {value!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def make(wanted: Iterable[tuple[str, float, int]]) -> None:
+        known = {(made["model"], made["rate"], made["seed"]) for made in results["runs"]}
+        jobs = [
+            Job(task, data_name, *key, minutes, terms["changes"])
+            for key in wanted
+            if key not in known
+        ]
+        futures = [pool.submit(run, job) for job in jobs]
+        try:
+            for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
+                results["runs"].append(future.result())
+                write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+        finally:
+            for future in futures:
+                future.cancel()
+
+    make((model, rate, seeds[0]) for rate in rates for model in models)
+    best = {model: _best_rate(_runs_of(model, results)) for model in models}
+    make((model, best[model], seed) for seed in seeds[1:] for model in models)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Each model at its best rate, mean ± standard deviation over the seeds, in Markdown."""
+    metric, title, scale, less_is_better = {
+        "density": ("bits_per_dim", "bits per dimension", 1, True),
+        "classify": ("accuracy", "test accuracy, %", 100, False),
+    }[results["task"]]
+    heads = ["model", "library", "parameters", "rate", title, "seeds", "steps", "ms a step"]
+    heads.append("diverged, of all runs")
+    rows = []
+    for model in dict.fromkeys(made["model"] for made in results["runs"]):
+        made = _runs_of(model, results)
+        rate = _best_rate(made)
+        best = [entry for entry in made if entry["rate"] == rate]
+        scores = [scale * entry[metric] for entry in best if "diverged" not in entry]
+        score = steps = milliseconds = "-"
+        place = math.inf
+        if len(scores) == len(best):
+            place = statistics.fmean(scores) if less_is_better else -statistics.fmean(scores)
+            score = f"{statistics.fmean(scores):.3f}"
+            if len(scores) > 1:
+                score += f" ± {statistics.stdev(scores):.3f}"
+            steps = f"{statistics.median(entry['steps'] for entry in best):.0f}"
+            each = [1000 * entry["seconds"] / entry["steps"] for entry in best]
+            milliseconds = f"{statistics.median(each):.0f}"
+        diverged = f"{sum('diverged' in entry for entry in made)} of {len(made)}"
+        row = [
+            *_names(model, results["task"]),
+            best[0]["parameters"],
+            f"{rate:g}",
+            score,
+            len(best),
+            steps,
+        ]
+        rows.append((place, [*row, milliseconds, diverged]))
+    cells = [heads, ["---"] * len(heads), *(row for _, row in sorted(rows, key=itemgetter(0)))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
+
+
+def _names(model: str, task: str) -> tuple[str, str]:
+    """Of a model and its library."""
+    if model in PEERS:
+        return PEERS[model].name, PEERS[model].library
+    if model == RESNET:
+        return "ResNet", "bench.peers"
+    return {"density": "MintNet", "classify": "MintClassifier"}[task], "this one"
+
+
+def _runs_of(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [made for made in results["runs"] if made["model"] == model]
+
+
+def _best_rate(made: list[dict[str, Any]]) -> float:
+    """By the held-out images, of the rates tried with the first seed; one that diverged is last."""
+    first = [entry for entry in made if entry["seed"] == made[0]["seed"]]
+    return float(min(first, key=_loss)["rate"])
+
+
+def _loss(entry: dict[str, Any]) -> float:
+    return math.inf if "diverged" in entry else float(entry["validation_loss"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=CONTESTS)
+    parser.add_argument("--data", choices=["digits", "mnist5k"], default="digits")
+    parser.add_argument("--minutes", type=float, help="of a core, each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--models", nargs="+", help="all, by default")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once")
+    parser.add_argument("--out", type=Path, help="default: out/TASK_DATA.json")
+    options = parser.parse_args(arguments)
+    contest = CONTESTS[options.task]
+    path = options.out or Path("out") / f"{options.task}_{options.data}.json"
+    with ProcessPoolExecutor(
+        options.processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
+        results = run_all(
+            options.task,
+            options.data,
+            path,
+            pool,
+            minutes=options.minutes or contest.minutes,
+            seeds=options.seeds,
+            rates=options.rates,
+            models=options.models or contest.models,
+        )
+    print(table(results))
+    print(f"written to {path.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

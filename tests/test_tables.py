@@ -1,0 +1,199 @@
+import copy
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("zuko")
+pytest.importorskip("normflows")
+pytest.importorskip("FrEIA")
+
+from bench import tables
+from bench.peers import PEERS
+from mintnet_triton.recipes.data import load_images
+from mintnet_triton.recipes.evaluation import evaluate as judge
+from mintnet_triton.recipes.objectives import make_objective
+from mintnet_triton.recipes.recipe import read_experiment
+from mintnet_triton.recipes.training import DivergedError
+
+
+@pytest.fixture
+def pool() -> Iterator[Executor]:
+    """In this process, where what a test replaces is replaced."""
+    with ThreadPoolExecutor(1) as threads:
+        yield threads
+
+
+def make(path: Path, pool: Executor, **changes: Any) -> dict[str, Any]:
+    """A short contest of the density of digits, as changed."""
+    options: dict[str, Any] = {
+        "minutes": 1e-9,
+        "seeds": [0],
+        "rates": [1e-3],
+        "models": tables.CONTESTS["density"].models,
+        **changes,
+    }
+    return tables.run_all("density", "digits", path, pool, **options)
+
+
+def test_all_flows_make_a_run_and_none_is_made_twice(
+    tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "density.json"
+    make(path, pool, models=["mint", "nice"])
+    results = make(path, pool)
+    assert json.loads(path.read_text()) == results
+    assert [made["model"] for made in results["runs"]] == [
+        "mint",
+        "nice",
+        *(name for name in PEERS if name != "nice"),
+    ]
+    size = results["runs"][0]["parameters"]
+    for made in results["runs"]:
+        assert abs(made["parameters"] - size) <= 0.1 * size
+        assert made["steps"] == 1
+        assert 0 < made["bits_per_dim"] < 100
+        assert "diverged" not in made
+    monkeypatch.setattr(tables, "run", None)
+    assert make(path, pool) == results
+    with pytest.raises(tables.OtherTermsError, match=r"has minutes=1e-09, not 2\.0"):
+        make(path, pool, minutes=2.0)
+
+
+def test_the_command_makes_runs_in_processes_of_one_thread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "classify.json"
+    arguments = ["classify", "--minutes", "1e-9", "--seeds", "0", "1", "--rates", "1e-3", "3e-3"]
+    tables.main([*arguments, "--processes", "2", "--out", str(path)])
+    runs = json.loads(path.read_text())["runs"]
+    assert sorted((made["model"], made["seed"]) for made in runs) == [
+        ("mint", 0),
+        ("mint", 0),
+        ("mint", 1),
+        ("resnet", 0),
+        ("resnet", 0),
+        ("resnet", 1),
+    ]
+    for made in runs:
+        assert made["steps"] == 1
+        assert 0 <= made["accuracy"] < 0.5
+    size = {made["model"]: made["parameters"] for made in runs}
+    assert abs(size["resnet"] - size["mint"]) <= 0.1 * size["mint"]
+    assert f"written to {path}" in capsys.readouterr().out
+
+
+def test_other_seeds_are_tried_at_the_best_rate_alone(
+    tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(job: tables.Job) -> dict[str, Any]:
+        # The second seed would prefer another rate.
+        loss = abs(job.rate - (3e-3 if job.seed == 5 else 1e-3))
+        return entry(job.model, job.rate, job.seed, loss, loss)
+
+    monkeypatch.setattr(tables, "run", run)
+    options = {"seeds": [5, 6, 7], "rates": [1e-3, 3e-3, 1e-2], "models": ["mint", "glow"]}
+    runs = make(tmp_path / "density.json", pool, **options)["runs"]
+    tried = [(made["seed"], made["rate"]) for made in runs if made["model"] == "glow"]
+    assert sorted(tried) == [(5, 1e-3), (5, 3e-3), (5, 1e-2), (6, 3e-3), (7, 3e-3)]
+
+
+def test_a_run_starts_from_its_seed() -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        experiment = read_experiment(
+            "digits", "density", {"seed": seed, "steps": 1, "schedule": "cosine"}
+        )
+        model = tables.build("freia", experiment)
+        runs.append(torch.cat([weight.flatten() for weight in model.state_dict().values()]))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_the_best_checkpoint_is_judged_by_the_test_images(
+    tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = []
+
+    def evaluate(model: nn.Module, split: Any, *arguments: Any) -> Any:
+        judged.append(copy.deepcopy(model))
+        return judge(model, split, *arguments)
+
+    monkeypatch.setattr(tables, "evaluate", evaluate)
+    monkeypatch.setattr(tables, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setitem(tables.CONTESTS["density"].changes, "steps", 12)
+    # At such a rate, the last of a few steps is not the best.
+    path = tmp_path / "density.json"
+    results = make(path, pool, minutes=1.0, seeds=[3], rates=[0.02], models=["nice"])
+    (made,) = results["runs"]
+    assert made["best_step"] < made["steps"] == 12
+    (model,) = judged
+    data = load_images("digits")
+    experiment = read_experiment("digits", "density")
+    objective = make_objective("density", experiment.data)
+    _, held_out = data.hold_out(results["changes"]["validation"])
+    bits = judge(model, held_out, objective, seed=3).metric.mean()
+    assert float(bits) == pytest.approx(made["validation_loss"], rel=1e-6)
+    bits = judge(model, data.test, objective, 5).metric.mean()
+    assert float(bits) == pytest.approx(made["bits_per_dim"], rel=1e-6)
+
+
+def test_a_diverged_run_is_recorded(
+    tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*arguments: Any, **options: Any) -> None:
+        raise DivergedError("at step 3. The last good checkpoint is gone")
+
+    monkeypatch.setattr(tables, "train", diverge)
+    path = tmp_path / "density.json"
+    results = make(path, pool, models=["nice"])
+    assert json.loads(path.read_text()) == results
+    assert results["runs"][0]["diverged"] == "at step 3"
+    assert "| - | 1 | - | - | 1 of 1 |" in tables.table(results)
+
+
+def entry(
+    model: str, rate: float, seed: int, loss: float, score: float, metric: str = "bits_per_dim"
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "rate": rate,
+        "seed": seed,
+        "parameters": 100,
+        "validation_loss": loss,
+        metric: score,
+        "steps": 50,
+        "seconds": 2.0,
+    }
+
+
+def test_held_out_images_choose_the_rate_and_the_best_model_comes_first() -> None:
+    broken = {**entry("glow", 1e-2, 0, 0.5, 0.5), "diverged": "at step 3"}
+    runs = [
+        entry("glow", 1e-3, 0, 2.0, 2.6),
+        entry("glow", 3e-3, 0, 2.2, 1.0),
+        broken,
+        entry("mint", 1e-3, 0, 1.9, 2.1),
+        entry("glow", 1e-3, 1, 2.0, 2.4),
+    ]
+    terms = {"data": "digits", "levels": 17, "minutes": 5.0}
+    lines = tables.table({**terms, "task": "density", "runs": runs}).splitlines()
+    spread = math.sqrt(2 * 0.1**2)
+    assert lines[2:] == [
+        "| MintNet | this one | 100 | 0.001 | 2.100 | 1 | 50 | 40 | 0 of 1 |",
+        f"| Glow | normflows | 100 | 0.001 | 2.500 ± {spread:.3f} | 2 | 50 | 40 | 1 of 4 |",
+    ]
+    runs = [
+        entry("resnet", 1e-3, 0, 0.1, 0.98, "accuracy"),
+        entry("mint", 1e-3, 0, 0.2, 0.99, "accuracy"),
+    ]
+    lines = tables.table({**terms, "task": "classify", "runs": runs}).splitlines()
+    assert lines[2].startswith("| MintClassifier | this one | 100 | 0.001 | 99.000 | 1 |")
+    assert lines[3].startswith("| ResNet | bench.peers | 100 | 0.001 | 98.000 | 1 |")

@@ -130,7 +130,10 @@ def _pack_centres(centres: Array) -> Conv:
 def pack_layer(parts: Sequence[Tensor], order: str, triangle: str) -> Packed:
     """Pack three weights and biases, one after the other, and t."""
     parts = [part.detach().contiguous() for part in parts]
-    weights, (bias1, bias2, bias3), t = parts[:6:2], parts[1:6:2], parts[6]
+    weights, biases, t = parts[:6:2], parts[1:6:2], parts[6]
+    # Copies, for these are parameters, and what numpy has seen can no longer be freed and taken up
+    # again, as sharded parameters are.
+    bias1, bias2, bias3 = (bias.clone() for bias in biases)
     first, second, third = (_pack(weight.numpy(), len(t), order, triangle) for weight in weights)
     return Packed(
         (first, second, third),

@@ -56,6 +56,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
         checkpoint_every=options.checkpoint_every,
         keep=options.keep,
         tensorboard=options.tensorboard,
+        sharded=options.shard,
     )
     if os.environ.get("RANK", "0") != "0":
         return 0  # of several processes under torchrun, the first one speaks
@@ -151,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
     train.add_argument("--keep", type=int, default=3, help="checkpoints to keep, besides the best")
     train.add_argument("--tensorboard", action="store_true", help="write a log for it, too")
+    train.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun: a part of the weights for each process (FSDP2), not a copy (DDP)",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="judge a run on the whole test split")

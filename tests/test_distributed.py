@@ -1,12 +1,15 @@
-"""Two processes train as one does."""
+"""Several processes train as one does, with copies of the weights or with shards."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -15,37 +18,132 @@ from mintnet_triton.__main__ import main
 from mintnet_triton.recipes.runs import RunFolder
 
 ROOT = Path(__file__).parent.parent
-CHANGES = ("pairs=1", "hidden=4", "squeezes=0", "steps=8", "batch_size=16", "validation=11")
-TRAIN = ["train", "density", "--preset", "digits", "--device", "cpu", "--checkpoint-every", "4"]
-TRAIN += [word for change in CHANGES for word in ("--set", change)]
+SMALL = ["pairs=1", "steps=8", "batch_size=16", "validation=12", "average=0.9", "clip=1.0"]
 
 
-def test_the_curve_is_that_of_one_process(tmp_path: Path) -> None:
-    """Over gloo: same batches, same noise, gradients and metrics averaged, one writer."""
+def train(task: str, *changes: str) -> list[str]:
+    command = ["train", task, "--preset", "digits", "--device", "cpu", "--checkpoint-every", "4"]
+    hidden = "hidden=4" if task == "density" else "width=4"
+    for change in (*SMALL, hidden, "squeezes=0", *changes):
+        command += ["--set", change]
+    return command
+
+
+def start(command: list[str], processes: int = 2) -> list[subprocess.Popen[str]]:
+    """As ``torchrun`` would start them, over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "mintnet_triton", *TRAIN, "--out", str(tmp_path / "two")]
-    processes = [
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", "mintnet_triton", *command],
             cwd=ROOT,
-            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ, **place,
+                "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ("0", "1")
-    ]
-    assert main([*TRAIN, "--out", str(tmp_path / "one")]) == 0
-    for process, speaks in zip(processes, (True, False), strict=True):
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[str]], steps: int = 8) -> None:
+    for rank, process in enumerate(processes):
         printed, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        assert ("trained for 8 steps" in printed) is speaks
-    one, two = (RunFolder(tmp_path / name).rows() for name in ("one", "two"))
-    assert len(one) == len(two) == 4
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"seconds", "images_per_second"}:
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
+        assert (f"trained for {steps} steps" in printed) is (rank == 0)
+
+
+def assert_same_curves(folder: Path, other: Path) -> None:
+    ours, theirs = RunFolder(folder).rows(), RunFolder(other).rows()
+    assert len(ours) == len(theirs) == 4
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        for name in row.keys() - {"seconds", "images_per_second", "peak_MiB"}:
+            assert row[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def assert_same_weights(folder: Path, other: Path, tolerance: float = 1e-6) -> None:
+    """Weights, averages, and all that the optimiser knows."""
+    ours, theirs = RunFolder(folder).load(), RunFolder(other).load()
+    for part in ("model", "average"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=1e-4, atol=tolerance)
+    torch.testing.assert_close(
+        ours["optimiser"]["state"], theirs["optimiser"]["state"], rtol=1e-3, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("way", ["copies", "shards"])
+def test_the_curve_is_that_of_one_process(way: str, tmp_path: Path) -> None:
+    """Over gloo: same batches, same noise, gradients and metrics averaged, one writer."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = train("density")
+    shard = ["--shard"] if way == "shards" else []
+    processes = start([*command, *shard, "--out", str(two)])
+    assert main([*command, "--out", str(one)]) == 0
+    finish(processes)
+    assert_same_curves(two, one)
+    assert_same_weights(two, one)
+    # A run that was cut short goes on with another number of processes, and the other way.
+    if way == "shards":
+        for folder in (one, two):
+            RunFolder(folder).checkpoints()[-1].unlink()
+        processes = start([*command, "--shard", "--resume", "--out", str(one)])
+        assert main([*command, "--resume", "--out", str(two)]) == 0
+        finish(processes)
+        assert_same_curves(two, one)
+        assert_same_weights(two, one)
+
+
+def test_statistics_of_a_sharded_classifier_are_those_of_copies(tmp_path: Path) -> None:
+    """Each process normalises by its own part of a batch, and the first one's means are kept."""
+    command = train("classify", 'schedule="milestones"', "crop=1")
+    for name, shard in (("copies", []), ("shards", ["--shard"])):
+        finish(start([*command, *shard, "--out", str(tmp_path / name)]))
+    assert_same_curves(tmp_path / "shards", tmp_path / "copies")
+    # Adam makes steps of what rounding leaves of the gradients that a later BatchNorm cancels.
+    assert_same_weights(tmp_path / "shards", tmp_path / "copies", tolerance=1e-4)
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
+    command = [*train("density", "steps=100000"), "--out", str(tmp_path)]
+    first, second = start(command)
+    while len(RunFolder(tmp_path).checkpoints()) < 2:
+        assert first.poll() is None
+        time.sleep(0.05)
+    second.kill()
+    second.communicate()
+    assert second.returncode == -signal.SIGKILL
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert "Traceback" not in errors
+    assert "process 0 lost another one at step" in errors
+    left = RunFolder(tmp_path).checkpoints()[-1]
+    assert f"The last good checkpoint is {left}: --resume goes on from there" in errors
+    assert main([*command, "--resume", "--max-minutes", "1e-9"]) == 0
+    assert RunFolder(tmp_path).load()["step"] == int(left.stem.removeprefix("checkpoint-")) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "error"),
+    [
+        ([], 1, "sharded must be false where there is one process"),
+        (
+            ["validation=11"],
+            2,
+            "validation must divide by the 2 processes of a sharded run, got 11",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded(
+    changes: list[str], processes: int, error: str, tmp_path: Path
+) -> None:
+    command = [*train("density", *changes), "--shard", "--out", str(tmp_path)]
+    for process in start(command, processes):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert error in errors

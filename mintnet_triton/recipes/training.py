@@ -33,7 +33,8 @@ from mintnet_triton.recipes.batches import (
 from mintnet_triton.recipes.data import ImageData, ImageSet
 from mintnet_triton.recipes.objectives import Objective
 from mintnet_triton.recipes.recipe import Recipe
-from mintnet_triton.recipes.runs import RunFolder
+from mintnet_triton.recipes.runs import RunError, RunFolder
+from mintnet_triton.recipes.sharding import shard, shared_out, whole
 
 #: a loss of so many bits per dimension, or nats, is taken for divergence
 DIVERGED = 100.0
@@ -90,7 +91,14 @@ class TrainingState:
     best: float = math.inf
 
     @classmethod
-    def start(cls, model: nn.Module, recipe: Recipe) -> "TrainingState":
+    def start(cls, model: nn.Module, recipe: Recipe, sharded: bool = False) -> "TrainingState":
+        average = None
+        if recipe.average is not None:
+            average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+        if sharded:  # after the copy, before the optimiser takes the parameters
+            shard(model)
+            if average is not None:
+                shard(average.module)
         optimiser = Adam(
             model.parameters(),
             lr=recipe.learning_rate,
@@ -104,9 +112,6 @@ class TrainingState:
             schedule = CosineAnnealingLR(optimiser, recipe.epochs or recipe.steps or 0)
         else:
             schedule = MultiStepLR(optimiser, list(recipe.milestones), recipe.gamma)
-        average = None
-        if recipe.average is not None:
-            average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
         return cls(model, optimiser, schedule, average)
 
     def finished(self, recipe: Recipe) -> bool:
@@ -125,7 +130,7 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         return {
             **{name: getattr(self, name) for name in _COUNTERS},
-            **{name: part.state_dict() for name, part in self._parts()},
+            **{name: whole(part.state_dict()) for name, part in self._parts()},
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
@@ -134,7 +139,7 @@ class TrainingState:
         for name in _COUNTERS:
             setattr(self, name, state[name])
         for name, part in self._parts():
-            part.load_state_dict(state[name])
+            part.load_state_dict(shared_out(state[name], part))
         torch.set_rng_state(state["random"])
         if torch.cuda.is_initialized():
             torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -144,7 +149,7 @@ class TrainingState:
         return [(name, part) for name in names if (part := getattr(self, name)) is not None]
 
     def finite(self) -> bool:
-        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+        return all(bool(whole(p.isfinite().all())) for p in self.model.parameters())
 
 
 _COUNTERS = ("step", "epoch", "image", "seconds", "best")
@@ -164,6 +169,7 @@ def train(
     checkpoint_every: int = 500,
     keep: int = 3,
     tensorboard: bool = False,
+    sharded: bool = False,
 ) -> TrainingResult:
     """Train a model in place, with a progress bar, and leave checkpoints and a log in a folder.
 
@@ -186,10 +192,12 @@ def train(
         keep: checkpoints to keep. The best is kept besides: by the loss on the held-out images, or,
             with none, by the mean training loss since the checkpoint before.
         tensorboard: also write the log for TensorBoard.
+        sharded: divide weights, moments and averages among the processes (FSDP2), instead of
+            copying them to each (DDP).
 
     Raises:
         DivergedError: names the step, and the last good checkpoint.
-        RunError: the folder cannot be written to, or holds another run.
+        RunError: the folder cannot be written to, or holds another run; or another process is gone.
         CheckpointError: the checkpoint to go on from is damaged.
         ValueError: an argument outside its range.
     """
@@ -197,7 +205,9 @@ def train(
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     if max_minutes is not None and not max_minutes > 0:
         raise ValueError(f"max_minutes must be above 0, got {max_minutes}")
-    loop = _Loop(model, data, objective, recipe, RunFolder(folder, keep), description, clock)
+    loop = _Loop(
+        model, data, objective, recipe, RunFolder(folder, keep), description, clock, sharded
+    )
     loop.begin(resume)
     logged = folder / "tensorboard" if tensorboard and loop.writes else None
     with _interruptions() as interrupted, _board(logged, loop.state.step) as board:
@@ -207,7 +217,13 @@ def train(
         def must_stop() -> bool:
             return interrupted.is_set() or clock() > deadline
 
-        return loop.run(checkpoint_every, must_stop)
+        try:
+            return loop.run(checkpoint_every, must_stop)
+        except RuntimeError as error:
+            # Gloo has no type of its own for this.
+            if isinstance(error, distributed.DistError) or "gloo" in str(error):
+                raise loop.lost(error) from error
+            raise
 
 
 class _Loop:
@@ -220,8 +236,9 @@ class _Loop:
         folder: RunFolder,
         description: Mapping[str, Any],
         clock: Callable[[], float],
+        sharded: bool,
     ) -> None:
-        self.clock = clock
+        self.clock, self.sharded = clock, sharded
         self.held_out: ImageSet | None = None
         if recipe.validation:
             data, self.held_out = data.hold_out(recipe.validation)
@@ -233,15 +250,23 @@ class _Loop:
             "recipe": asdict(recipe),
         }
         self.processes = Processes.current()
+        if sharded and self.processes.count == 1:
+            raise ValueError("sharded must be false where there is one process: start torchrun")
+        if sharded and recipe.validation % self.processes.count:
+            # Whatever runs a sharded model has to run it in all processes equally often.
+            raise ValueError(
+                f"validation must divide by the {self.processes.count} processes of a sharded "
+                f"run, got {recipe.validation}"
+            )
         self.writes = self.processes.rank == 0
         self.board: Any = None
         parameters = list(model.parameters())
         self.device = parameters[0].device
         if recipe.recompute:
             _recompute(model)
-        self.state = TrainingState.start(model, recipe)
+        self.state = TrainingState.start(model, recipe, sharded)
         self.parallel = model
-        if self.processes.count > 1:
+        if self.processes.count > 1 and not sharded:
             self.parallel = nn.parallel.DistributedDataParallel(model)
         # Weights, three moments of Adam with AMSGrad, and the moving average.
         numbers = 4 + (recipe.average is not None)
@@ -254,9 +279,11 @@ class _Loop:
             self.state.load_state_dict(self.folder.load())
             if self.writes:
                 self.folder.cut_log(self.state.step)
-        elif self.writes:
-            self.folder.start(self.description, self.checkpoint_bytes)
-            self.folder.save(self.state.state_dict(), best=False)
+        else:
+            content = self.state.state_dict()
+            if self.writes:
+                self.folder.start(self.description, self.checkpoint_bytes)
+                self.folder.save(content, best=False)
 
     def run(self, checkpoint_every: int, must_stop: Callable[[], bool]) -> TrainingResult:
         state, recipe = self.state, self.recipe
@@ -315,6 +342,8 @@ class _Loop:
             loss = scores.loss.mean()
             sums = torch.stack([loss.detach(), scores.metric.mean(), loss.new_tensor(must_stop)])
         except NonFiniteError as error:
+            if self.sharded:  # the other processes wait for this one's part of the next layer
+                raise self._diverged(str(error)) from error
             problem = str(error)
             sums = torch.full((3,), math.nan, device=self.device)
         # Before the backward pass, so that all processes see what goes wrong in any.
@@ -324,11 +353,12 @@ class _Loop:
             raise self._diverged(problem or f"the loss is {mean_loss}")
         loss.backward()
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        if not math.isfinite(float(norm)):
-            raise self._diverged(f"the norm of the gradient is {float(norm)}")
+        total = get_total_norm(gradients)
+        norm = float(whole(total))
+        if not math.isfinite(norm):
+            raise self._diverged(f"the norm of the gradient is {norm}")
         if self.recipe.clip is not None:
-            clip_grads_with_norm_(state.model.parameters(), self.recipe.clip, norm)
+            clip_grads_with_norm_(state.model.parameters(), self.recipe.clip, total)
         state.optimiser.step()
         if state.average is not None:
             state.average.update_parameters(state.model)
@@ -340,7 +370,7 @@ class _Loop:
         row = {
             "loss": mean_loss,
             self.objective.metric: metric,
-            "gradient_norm": float(norm),
+            "gradient_norm": norm,
             "learning_rate": float(rate),
         }
         return row, stop > 0
@@ -351,6 +381,14 @@ class _Loop:
         return DivergedError(
             f"training diverged at step {self.state.step}: {problem}. The last good checkpoint is "
             f"{left}{best}. Try a learning rate below {self.recipe.learning_rate}, or clip."
+        )
+
+    def lost(self, error: RuntimeError) -> RunError:
+        reason = str(error).splitlines()[0]
+        return RunError(
+            f"process {self.processes.rank} lost another one at step {self.state.step}: {reason} "
+            f"The last good checkpoint is {self._last_checkpoint()}: --resume goes on from there, "
+            "with any number of processes that the batch divides by"
         )
 
     def _checkpoint(self, training_loss: float) -> Path:
@@ -374,8 +412,9 @@ class _Loop:
             )
         best = score < state.best
         state.best = min(score, state.best)
+        content = state.state_dict()
         if self.writes:
-            self.folder.save(state.state_dict(), best)
+            self.folder.save(content, best)
         return self._last_checkpoint()
 
     @torch.no_grad()

@@ -108,6 +108,9 @@ def test_a_density_from_training_to_figures(
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "trained for 3 steps" in printed
+    assert re.search(
+        r"^[\d.e+]+ images per second.*; the whole recipe takes", printed, re.MULTILINE
+    )
     assert RunFolder(out).rows()[-1]["step"] == 3
 
     flow = mint.load(out / "model.safetensors")

@@ -126,6 +126,15 @@ def test_another_recipe_is_refused(stopped: Path) -> None:
         tiny_run("density", stopped)
 
 
+def test_two_processes_do_not_train_in_one_folder(stopped: Path) -> None:
+    with (
+        RunFolder(stopped).locked(),
+        pytest.raises(RunError, match=f"another process trains in {stopped}: wait, or stop it"),
+    ):
+        tiny_run("density", stopped, resume=True)
+    assert tiny_run("density", stopped, resume=True).finished
+
+
 def test_a_damaged_checkpoint_is_named(stopped: Path) -> None:
     last, *_ = reversed(RunFolder(stopped).checkpoints())
     last.write_bytes(last.read_bytes()[:-100])

@@ -39,7 +39,7 @@ def run(
 ) -> TrainingResult:
     options = {
         name: changes.pop(name)
-        for name in ("max_minutes", "resume", "checkpoint_every", "keep", "tensorboard")
+        for name in ("max_minutes", "clock", "resume", "checkpoint_every", "keep", "tensorboard")
         if name in changes
     }
     recipe = Recipe(**{"steps": 6, "batch_size": 4, "learning_rate": 1e-2, **changes})
@@ -399,6 +399,27 @@ def test_time_runs_out_between_steps(tmp_path: Path) -> None:
     for wrong in ({"max_minutes": 0.0}, {"checkpoint_every": 0}, {"keep": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             run(tmp_path / "wrong", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [({"steps": 50}, 50), ({"steps": None, "epochs": 7}, 42)]
+)
+def test_a_run_says_how_fast_it_was_and_how_long_the_whole_takes(
+    length: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    ticks = iter(
+        [0.0, 0.0, *map(float, range(100, 1000, 2))]
+    )  # seconds: the first step takes longer
+
+    def clock() -> float:
+        return next(ticks)
+
+    # Two readings a step: of the time that is left, and of the step's end.
+    result = run(tmp_path, clock=clock, max_minutes=2.0, batch_size=4, **length)
+    assert 1 < result.steps < 20
+    assert result.images_per_second == 4 / 4
+    assert result.whole_seconds == 4 * steps
+    assert result.peak_memory is None or result.peak_memory > 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

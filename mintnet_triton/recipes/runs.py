@@ -3,17 +3,19 @@
 - ``run.json``: the description, by which a run is resumed and evaluated.
 - ``checkpoint-<step>.pt``: the last few; ``best.pt``: a copy of the best so far.
 - ``log.jsonl``: one row every so many steps.
+- ``lock``: held while a process trains in the folder.
 
 A file appears whole or not at all: it is written under another name, forced to the disk, and
 renamed. So whenever a run ends, and however, what was there before is still there.
 """
 
-import contextlib
+import fcntl
 import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             partial.unlink(missing_ok=True)  # a full disk needs the room
         raise
     folder = os.open(path.parent, os.O_RDONLY)
@@ -64,8 +66,31 @@ class RunFolder:
         self.path, self.keep = path, keep
         self.best = path / "best.pt"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes from training in it.
+
+        However this process ends, the lock ends with it.
+
+        Raises:
+            RunError: another process trains in it, or it cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("w")
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process trains in {self.path}: wait, or stop it"
+                ) from error
+            yield
+
     def start(self, description: Mapping[str, Any], checkpoint_bytes: int) -> None:
-        """Make the folder for a new run, and see that there is room.
+        """Begin a new run in the folder, and see that there is room.
 
         Args:
             description: what is trained, of JSON's types.
@@ -80,7 +105,6 @@ class RunFolder:
                 "--resume to go on with it, or another --out"
             )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 self.path / "run.json", (json.dumps(description, indent=2) + "\n").encode()
             )
@@ -204,7 +228,7 @@ class RunFolder:
         path = self.path / "log.jsonl"
         rows = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):
+            with suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
         return rows
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,9 @@ class TrainingResult:
     steps: int  #: trained so far, earlier calls included
     finished: bool  #: False if time or a signal ended it before the recipe's length
     checkpoint: Path  #: of the last step
+    images_per_second: float  #: of all processes, in this call; its first step does not count
+    peak_memory: float | None  #: MiB of this process: allocated on a GPU, resident on a CPU
+    whole_seconds: float | None  #: that the recipe takes at this rate; None: who knows its epochs
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,8 @@ def train(
 
     Raises:
         DivergedError: names the step, and the last good checkpoint.
-        RunError: the folder cannot be written to, or holds another run; or another process is gone.
+        RunError: the folder cannot be written to, holds another run, or is being trained in; or
+            another process is gone.
         CheckpointError: the checkpoint to go on from is damaged.
         ValueError: an argument outside its range.
     """
@@ -208,10 +212,13 @@ def train(
     loop = _Loop(
         model, data, objective, recipe, RunFolder(folder, keep), description, clock, sharded
     )
-    loop.begin(resume)
-    logged = folder / "tensorboard" if tensorboard and loop.writes else None
-    with _interruptions() as interrupted, _board(logged, loop.state.step) as board:
-        loop.board = board
+    with ExitStack() as stack:
+        if loop.writes:
+            stack.enter_context(loop.folder.locked())
+        loop.begin(resume)
+        if tensorboard and loop.writes:
+            loop.board = stack.enter_context(_board(folder / "tensorboard", loop.state.step))
+        interrupted = stack.enter_context(_interruptions())
         deadline = math.inf if max_minutes is None else clock() + 60 * max_minutes
 
         def must_stop() -> bool:
@@ -288,6 +295,7 @@ class _Loop:
     def run(self, checkpoint_every: int, must_stop: Callable[[], bool]) -> TrainingResult:
         state, recipe = self.state, self.recipe
         began = self.clock() - state.seconds
+        warm: tuple[int, float] | None = None
         since_log, since_checkpoint = _Means(state), _Means(state)
         checkpoint = self._last_checkpoint()
         self.parallel.train()
@@ -297,6 +305,7 @@ class _Loop:
                     break
                 row, stop = self._step(batch, must_stop())
                 state.seconds = self.clock() - began
+                warm = warm or (state.step, state.seconds)
                 since_log.add(row)
                 since_checkpoint.add(row)
                 metric = self.objective.metric
@@ -311,7 +320,22 @@ class _Loop:
                     since_checkpoint = _Means(state)
                 if stop:
                     break
-        return TrainingResult(state.step, state.finished(recipe), checkpoint)
+        return self._result(checkpoint, *(warm or (state.step, state.seconds)))
+
+    def _result(self, checkpoint: Path, step: int, seconds: float) -> TrainingResult:
+        """What has come of a call that had warmed up at that step, after so many seconds."""
+        state, batch, steps = self.state, self.recipe.batch_size, self._all_steps()
+        if state.step == step:  # there was no second step
+            step, seconds = 0, 0.0
+        rate = batch * (state.step - step) / (state.seconds - seconds)
+        return TrainingResult(
+            state.step,
+            state.finished(self.recipe),
+            checkpoint,
+            rate,
+            peak_memory(self.device),
+            None if steps is None else steps * batch / rate,
+        )
 
     def _batches(self) -> Iterator[Batch]:
         return training_batches(
@@ -448,12 +472,16 @@ class _Loop:
         checkpoints = self.folder.checkpoints()
         return checkpoints[-1] if checkpoints else self.folder.path
 
+    def _all_steps(self) -> int | None:
+        """The recipe's length; None for epochs of a stream."""
+        images, epochs = self.data.train.count(), self.recipe.epochs
+        if epochs is None:
+            return self.recipe.steps
+        return None if images is None else epochs * (images // self.recipe.batch_size)
+
     def _progress(self) -> Any:
         """A bar that counts images."""
-        steps, batch = self.recipe.steps, self.recipe.batch_size
-        images = self.data.train.count()
-        if steps is None and images is not None and self.recipe.epochs is not None:
-            steps = self.recipe.epochs * (images // batch)
+        steps, batch = self._all_steps(), self.recipe.batch_size
         return tqdm(
             total=None if steps is None else steps * batch,
             initial=self.state.step * batch,
@@ -490,6 +518,16 @@ class _Means:
         }
 
 
+def peak_memory(device: torch.device) -> float | None:
+    """MiB that this process has taken at most; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]  # KiB
+    return peaks[0] / 2**10 if peaks else None
+
+
 def _recompute(model: nn.Module) -> None:
     able = [module for module in model.modules() if hasattr(module, "recompute")]
     if not able:
@@ -515,11 +553,8 @@ def _interruptions() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _board(folder: Path | None, step: int) -> Iterator[Any]:
-    """A writer for TensorBoard that forgets what came after the step; None without a folder."""
-    if folder is None:
-        yield None
-        return
+def _board(folder: Path, step: int) -> Iterator[Any]:
+    """A writer for TensorBoard that forgets what came after the step."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder), purge_step=step + 1) as writer:

@@ -14,8 +14,12 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+import mintnet_triton as mint
 from mintnet_triton.__main__ import main
+from mintnet_triton.recipes.commands import load_run
+from mintnet_triton.recipes.data import DataName
 from mintnet_triton.recipes.runs import RunFolder
+from tests.hub import write_parquet
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["pairs=1", "steps=8", "batch_size=16", "validation=12", "average=0.9", "clip=1.0"]
@@ -97,6 +101,26 @@ def test_the_curve_is_that_of_one_process(way: str, tmp_path: Path) -> None:
         finish(processes)
         assert_same_curves(two, one)
         assert_same_weights(two, one)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("name", "test"), [("cifar10", "test"), ("imagenet32", "validation")])
+def test_the_papers_flows_train_at_full_size(name: DataName, test: str, tmp_path: Path) -> None:
+    """In one process, and in two with shards; the batch alone is smaller than the paper's."""
+    data = tmp_path / "data"
+    write_parquet(data, "image", (32, 32, 3), {"train": 8, test: 2})
+    command = ["train", "density", "--preset", name, "--data-dir", str(data), "--device", "cpu"]
+    command += ["--set", "batch_size=4", "--set", "steps=2", "--checkpoint-every", "1"]
+    processes = start([*command, "--shard", "--out", str(tmp_path / "two")])
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    finish(processes, steps=2)
+    losses = [
+        [row["bits_per_dim"] for row in RunFolder(tmp_path / way).rows()] for way in ("one", "two")
+    ]
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    model = load_run(tmp_path / "two").model
+    assert model.arguments == mint.MintNet.from_preset(name).arguments
 
 
 def test_statistics_of_a_sharded_classifier_are_those_of_copies(tmp_path: Path) -> None:

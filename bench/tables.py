@@ -185,7 +185,12 @@ def run_all(
     Raises:
         OtherTermsError: the file is of another task, other data, another time or recipe.
         MissingLibraryError: the library of a peer is not installed.
+        ValueError: a model that is not of the task.
     """
+    for model in models:
+        if model not in CONTESTS[task].models:
+            known = list(CONTESTS[task].models)
+            raise ValueError(f"models must be among {known} for {task}, got {model!r}")
     data = load_images(data_name)
     count = data.train.count()
     assert count is not None, "the data sets of this size are no streams"
@@ -212,13 +217,19 @@ def run_all(
             if key not in known
         ]
         futures = [pool.submit(run, job) for job in jobs]
-        try:
-            for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
-                results["runs"].append(future.result())
-                write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
-        finally:
-            for future in futures:
-                future.cancel()
+        failure = None
+        for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
+            if future.cancelled():
+                continue
+            if error := future.exception():
+                failure = failure or error
+                for other in futures:  # those under way end, and are recorded
+                    other.cancel()
+                continue
+            results["runs"].append(future.result())
+            write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+        if failure is not None:
+            raise failure
 
     make((model, rate, seeds[0]) for rate in rates for model in models)
     best = {model: _best_rate(_runs_of(model, results)) for model in models}
@@ -232,7 +243,7 @@ def table(results: dict[str, Any]) -> str:
         "density": ("bits_per_dim", "bits per dimension", 1, True),
         "classify": ("accuracy", "test accuracy, %", 100, False),
     }[results["task"]]
-    heads = ["model", "library", "parameters", "rate", title, "seeds", "steps", "ms a step"]
+    heads = ["model", "library", "parameters", "rate", title, "seeds", "steps"]
     heads.append("diverged, of all runs")
     rows = []
     for model in dict.fromkeys(made["model"] for made in results["runs"]):
@@ -240,7 +251,7 @@ def table(results: dict[str, Any]) -> str:
         rate = _best_rate(made)
         best = [entry for entry in made if entry["rate"] == rate]
         scores = [scale * entry[metric] for entry in best if "diverged" not in entry]
-        score = steps = milliseconds = "-"
+        score = steps = "-"
         place = math.inf
         if len(scores) == len(best):
             place = statistics.fmean(scores) if less_is_better else -statistics.fmean(scores)
@@ -248,8 +259,6 @@ def table(results: dict[str, Any]) -> str:
             if len(scores) > 1:
                 score += f" ± {statistics.stdev(scores):.3f}"
             steps = f"{statistics.median(entry['steps'] for entry in best):.0f}"
-            each = [1000 * entry["seconds"] / entry["steps"] for entry in best]
-            milliseconds = f"{statistics.median(each):.0f}"
         diverged = f"{sum('diverged' in entry for entry in made)} of {len(made)}"
         row = [
             *_names(model, results["task"]),
@@ -259,7 +268,7 @@ def table(results: dict[str, Any]) -> str:
             len(best),
             steps,
         ]
-        rows.append((place, [*row, milliseconds, diverged]))
+        rows.append((place, [*row, diverged]))
     cells = [heads, ["---"] * len(heads), *(row for _, row in sorted(rows, key=itemgetter(0)))]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
@@ -315,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.data,
             path,
             pool,
-            minutes=options.minutes or contest.minutes,
+            minutes=contest.minutes if options.minutes is None else options.minutes,
             seeds=options.seeds,
             rates=options.rates,
             models=options.models or contest.models,

@@ -60,13 +60,18 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     )
     if os.environ.get("RANK", "0") != "0":
         return 0  # of several processes under torchrun, the first one speaks
-    speed = f"{result.images_per_second:.4g} images per second"
-    if result.peak_memory is not None:
-        speed += f", {result.peak_memory:,.0f} MiB of memory at most"
-    if result.whole_seconds is not None:
-        speed += f"; the whole recipe takes {result.whole_seconds / 3600:.3g} hours at this rate"
-    print(speed)
-    again = shlex.join(["python", "-m", "mintnet_triton", *arguments])
+    if result.images_per_second is not None:
+        speed = f"{result.images_per_second:.4g} images per second"
+        if result.peak_memory is not None:
+            speed += f", {result.peak_memory:,.0f} MiB of memory at most"
+        if result.whole_seconds is not None:
+            speed += (
+                f"; the whole recipe takes {result.whole_seconds / 3600:.3g} hours at this rate"
+            )
+        print(speed)
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = ["python"] if processes == "1" else ["torchrun", "--nproc-per-node", processes]
+    again = shlex.join([*start, "-m", "mintnet_triton", *arguments])
     if not result.finished:
         more = "" if options.resume else " --resume"
         print(f"stopped after {result.steps} steps, at {result.checkpoint}; the schedule waits.")

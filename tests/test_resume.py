@@ -135,6 +135,17 @@ def test_two_processes_do_not_train_in_one_folder(stopped: Path) -> None:
     assert tiny_run("density", stopped, resume=True).finished
 
 
+def test_a_folder_without_locks_is_said_to_be_one(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match=f"{stopped} cannot be locked: .*No locks available"):
+        assert tiny_run("density", stopped, resume=True).finished
+
+
 def test_a_damaged_checkpoint_is_named(stopped: Path) -> None:
     last, *_ = reversed(RunFolder(stopped).checkpoints())
     last.write_bytes(last.read_bytes()[:-100])

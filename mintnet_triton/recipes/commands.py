@@ -1,7 +1,9 @@
 """What the command line does: train, evaluate, sample, figures."""
 
+import gc
 import json
 import os
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,5 +280,20 @@ def _process_group(device: str) -> Iterator[torch.device]:
     distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield place
+    except BaseException as error:
+        _forget_frames(error)
+        raise
     finally:
         distributed.destroy_process_group()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold, a ``DistributedDataParallel`` above all.
+
+    If it is that which takes the process group down, it does so holding the interpreter's lock, for
+    which the group's threads may be waiting: the process would never end.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,6 +88,8 @@ class RunFolder:
                 raise RunError(
                     f"another process trains in {self.path}: wait, or stop it"
                 ) from error
+            except OSError as error:  # some file systems of clusters have no locks
+                warnings.warn(f"{self.path} cannot be locked: {error}", stacklevel=2)
             yield
 
     def start(self, description: Mapping[str, Any], checkpoint_bytes: int) -> None:

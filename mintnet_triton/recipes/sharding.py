@@ -1,7 +1,8 @@
 """Sharded training (FSDP2): each process keeps its part of weights, moments and averages.
 
-The weights of a Mint layer are gathered when it is their turn, and let go after it. A checkpoint
-holds whole tensors, so that a run can be resumed by another number of processes, sharded or not.
+The parameters of a Mint layer are gathered when it is their turn, and let go after it; what is
+masked of them stays for the backward pass. A checkpoint holds whole tensors, so that a run can be
+resumed by another number of processes, sharded or not.
 """
 
 from collections.abc import Mapping
@@ -20,12 +21,14 @@ from mintnet_triton.mint import MintLayer
 def shard(model: nn.Module) -> None:
     """Divide the parameters among all processes, in place.
 
-    Buffers, as the statistics of a BatchNorm, are those of the first process, as with
-    ``DistributedDataParallel``.
+    As with ``DistributedDataParallel``, they start as those of the first process, whose are the
+    buffers at every step (the statistics of a BatchNorm).
     """
     place = next(model.parameters()).device.type
     kept = model.state_dict()  # masks are not, and are the same in all processes
     buffers = [buffer for name, buffer in model.named_buffers() if name in kept]
+    for tensor in (*model.parameters(), *buffers):
+        distributed.broadcast(tensor.detach(), 0)
     mesh = init_device_mesh(place, (distributed.get_world_size(),))
     for module in list(model.modules()):
         if isinstance(module, MintLayer):
@@ -42,11 +45,17 @@ def _share_buffers(buffers: list[Tensor], model: nn.Module, _: Any) -> None:
             distributed.broadcast(buffer, 0)
 
 
-def whole(state: Any) -> Any:
-    """A state with tensors in one piece; every process has to ask for it."""
+def whole(state: Any, keep: bool = True) -> Any:
+    """A state with tensors in one piece, on the CPU; every process has to ask for it.
+
+    A process that does not keep them has None instead, and never more than one at a time.
+    """
     if isinstance(state, Mapping):
-        return {name: whole(value) for name, value in state.items()}
-    return state.full_tensor() if isinstance(state, DTensor) else state
+        return {name: whole(value, keep) for name, value in state.items()}
+    if isinstance(state, DTensor):
+        gathered = state.full_tensor()
+        return gathered.cpu() if keep else None
+    return state
 
 
 def shared_out(state: Mapping[str, Any], part: Any) -> Mapping[str, Any]:

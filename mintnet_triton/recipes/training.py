@@ -54,9 +54,10 @@ class TrainingResult:
     steps: int  #: trained so far, earlier calls included
     finished: bool  #: False if time or a signal ended it before the recipe's length
     checkpoint: Path  #: of the last step
-    images_per_second: float  #: of all processes, in this call; its first step does not count
+    #: of all processes, in this call, the first step left out where there are more; None: no step
+    images_per_second: float | None
     peak_memory: float | None  #: MiB of this process: allocated on a GPU, resident on a CPU
-    whole_seconds: float | None  #: that the recipe takes at this rate; None: who knows its epochs
+    whole_seconds: float | None  #: of the recipe at this rate; None for epochs of a stream, too
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ class TrainingState:
         averaged: nn.Module = self.average.module
         return averaged
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, keep: bool = True) -> dict[str, Any]:
+        """What a checkpoint holds; every process asks for it, those that write keep it."""
         return {
             **{name: getattr(self, name) for name in _COUNTERS},
-            **{name: whole(part.state_dict()) for name, part in self._parts()},
+            **{name: whole(part.state_dict(), keep) for name, part in self._parts()},
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
@@ -145,7 +147,8 @@ class TrainingState:
             part.load_state_dict(shared_out(state[name], part))
         torch.set_rng_state(state["random"])
         if torch.cuda.is_initialized():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+            # There may have been more GPUs.
+            torch.cuda.set_rng_state_all(state["random_cuda"][: torch.cuda.device_count()])
 
     def _parts(self) -> list[tuple[str, Any]]:
         names = ("model", "optimiser", "schedule", "average")
@@ -213,8 +216,8 @@ def train(
         model, data, objective, recipe, RunFolder(folder, keep), description, clock, sharded
     )
     with ExitStack() as stack:
-        if loop.writes:
-            stack.enter_context(loop.folder.locked())
+        stack.enter_context(loop.losses_named())
+        loop.by_the_writer(lambda: stack.enter_context(loop.folder.locked()))
         loop.begin(resume)
         if tensorboard and loop.writes:
             loop.board = stack.enter_context(_board(folder / "tensorboard", loop.state.step))
@@ -224,13 +227,7 @@ def train(
         def must_stop() -> bool:
             return interrupted.is_set() or clock() > deadline
 
-        try:
-            return loop.run(checkpoint_every, must_stop)
-        except RuntimeError as error:
-            # Gloo has no type of its own for this.
-            if isinstance(error, distributed.DistError) or "gloo" in str(error):
-                raise loop.lost(error) from error
-            raise
+        return loop.run(checkpoint_every, must_stop)
 
 
 class _Loop:
@@ -284,18 +281,57 @@ class _Loop:
         if resume and self.folder.checkpoints():
             self.folder.check_same(self.description)
             self.state.load_state_dict(self.folder.load())
-            if self.writes:
-                self.folder.cut_log(self.state.step)
+            self.by_the_writer(lambda: self.folder.cut_log(self.state.step))
         else:
-            content = self.state.state_dict()
-            if self.writes:
-                self.folder.start(self.description, self.checkpoint_bytes)
-                self.folder.save(content, best=False)
+            self.by_the_writer(lambda: self.folder.start(self.description, self.checkpoint_bytes))
+            self._save(best=False)
+
+    def by_the_writer(self, act: Callable[[], Any]) -> None:
+        """Let the first process act on the folder; where it cannot, all processes stop.
+
+        Raises:
+            RunError: the first process's, in all of them.
+        """
+        problem: list[RunError | None] = [None]
+        if self.writes:
+            try:
+                act()
+            except RunError as error:
+                problem = [error]
+        if self.processes.count > 1:
+            distributed.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise problem[0]
+
+    def _save(self, best: bool) -> None:
+        content = self.state.state_dict(keep=self.writes)
+        self.by_the_writer(lambda: self.folder.save(content, best))
+
+    @contextmanager
+    def losses_named(self) -> Iterator[None]:
+        """Say it when a process waits in vain for another one.
+
+        Raises:
+            RunError: names the checkpoint to go on from.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # Gloo has no type of its own for this.
+            lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+            if self.processes.count == 1 or isinstance(error, RunError) or not lost:
+                raise
+            raise RunError(
+                f"process {self.processes.rank} lost another one at step {self.state.step}: "
+                f"{str(error).splitlines()[0]} The last good checkpoint is "
+                f"{self._last_checkpoint()}: --resume goes on from there, with any number of "
+                "processes that the batch divides by"
+            ) from error
 
     def run(self, checkpoint_every: int, must_stop: Callable[[], bool]) -> TrainingResult:
         state, recipe = self.state, self.recipe
         began = self.clock() - state.seconds
-        warm: tuple[int, float] | None = None
+        start, warm = (state.step, state.seconds), None
         since_log, since_checkpoint = _Means(state), _Means(state)
         checkpoint = self._last_checkpoint()
         self.parallel.train()
@@ -320,21 +356,14 @@ class _Loop:
                     since_checkpoint = _Means(state)
                 if stop:
                     break
-        return self._result(checkpoint, *(warm or (state.step, state.seconds)))
-
-    def _result(self, checkpoint: Path, step: int, seconds: float) -> TrainingResult:
-        """What has come of a call that had warmed up at that step, after so many seconds."""
-        state, batch, steps = self.state, self.recipe.batch_size, self._all_steps()
-        if state.step == step:  # there was no second step
-            step, seconds = 0, 0.0
-        rate = batch * (state.step - step) / (state.seconds - seconds)
+        step, seconds = start if warm is None or state.step == warm[0] else warm
+        rate = whole = None
+        if state.step > step:
+            rate = recipe.batch_size * (state.step - step) / (state.seconds - seconds)
+            steps = self._all_steps()
+            whole = None if steps is None else steps * recipe.batch_size / rate
         return TrainingResult(
-            state.step,
-            state.finished(self.recipe),
-            checkpoint,
-            rate,
-            peak_memory(self.device),
-            None if steps is None else steps * batch / rate,
+            state.step, state.finished(recipe), checkpoint, rate, peak_memory(self.device), whole
         )
 
     def _batches(self) -> Iterator[Batch]:
@@ -407,14 +436,6 @@ class _Loop:
             f"{left}{best}. Try a learning rate below {self.recipe.learning_rate}, or clip."
         )
 
-    def lost(self, error: RuntimeError) -> RunError:
-        reason = str(error).splitlines()[0]
-        return RunError(
-            f"process {self.processes.rank} lost another one at step {self.state.step}: {reason} "
-            f"The last good checkpoint is {self._last_checkpoint()}: --resume goes on from there, "
-            "with any number of processes that the batch divides by"
-        )
-
     def _checkpoint(self, training_loss: float) -> Path:
         state = self.state
         if not state.finite():
@@ -436,9 +457,7 @@ class _Loop:
             )
         best = score < state.best
         state.best = min(score, state.best)
-        content = state.state_dict()
-        if self.writes:
-            self.folder.save(content, best)
+        self._save(best)
         return self._last_checkpoint()
 
     @torch.no_grad()

@@ -48,6 +48,15 @@ def test_the_table_of_work_is_that_of_the_kernels() -> None:
     assert result.read_text(encoding="utf-8") == work.table() + "\n"
 
 
+@pytest.mark.parametrize("task", ["density", "classify"])
+def test_the_tables_of_experiments_are_of_their_results(task: str) -> None:
+    pytest.importorskip("tqdm")
+    from bench import tables
+
+    result = read(README.parent / f"bench/results/amd-epyc-zen4-2-cores/{task}_digits.json")
+    assert tables.table(result) in README.read_text(encoding="utf-8")
+
+
 def test_the_table_of_a_training_step_is_of_its_result() -> None:
     result = read(README.parent / "bench/results/amd-epyc-zen4-2-cores/step.json")
     assert step.table(result) in README.read_text(encoding="utf-8")

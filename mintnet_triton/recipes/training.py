@@ -278,7 +278,7 @@ class _Loop:
 
     def begin(self, resume: bool) -> None:
         """Take up the last checkpoint, or make the first."""
-        if resume and self.folder.checkpoints():
+        if self.by_the_writer(lambda: resume and bool(self.folder.checkpoints())):
             self.folder.check_same(self.description)
             self.state.load_state_dict(self.folder.load())
             self.by_the_writer(lambda: self.folder.cut_log(self.state.step))
@@ -286,22 +286,23 @@ class _Loop:
             self.by_the_writer(lambda: self.folder.start(self.description, self.checkpoint_bytes))
             self._save(best=False)
 
-    def by_the_writer(self, act: Callable[[], Any]) -> None:
-        """Let the first process act on the folder; where it cannot, all processes stop.
+    def by_the_writer(self, act: Callable[[], Any]) -> Any:
+        """Let the first process act on the folder; all return what it found, or stop where it does.
 
         Raises:
             RunError: the first process's, in all of them.
         """
-        problem: list[RunError | None] = [None]
+        outcome: list[Any] = [None]
         if self.writes:
             try:
-                act()
+                outcome = [act()]
             except RunError as error:
-                problem = [error]
+                outcome = [error]
         if self.processes.count > 1:
-            distributed.broadcast_object_list(problem)
-        if problem[0] is not None:
-            raise problem[0]
+            distributed.broadcast_object_list(outcome)
+        if isinstance(outcome[0], RunError):
+            raise outcome[0]
+        return outcome[0]
 
     def _save(self, best: bool) -> None:
         content = self.state.state_dict(keep=self.writes)
@@ -357,13 +358,14 @@ class _Loop:
                 if stop:
                     break
         step, seconds = start if warm is None or state.step == warm[0] else warm
-        rate = whole = None
+        rate = all_seconds = None
         if state.step > step:
             rate = recipe.batch_size * (state.step - step) / (state.seconds - seconds)
             steps = self._all_steps()
-            whole = None if steps is None else steps * recipe.batch_size / rate
+            all_seconds = None if steps is None else steps * recipe.batch_size / rate
+        peak = peak_memory(self.device)
         return TrainingResult(
-            state.step, state.finished(recipe), checkpoint, rate, peak_memory(self.device), whole
+            state.step, state.finished(recipe), checkpoint, rate, peak, all_seconds
         )
 
     def _batches(self) -> Iterator[Batch]:

@@ -442,7 +442,7 @@ def mint_forward(
     parts = (*weights[:6], weights.t)
     group = group_of(len(x), x.shape[3])
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *parts)):
-        results = _MintLayer.apply(  # type: ignore[no-untyped-call]  # torch's own
+        results = _MintLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
             x, *parts, *structure, diagonal, recompute, group
         )
         return cast(tuple[Tensor, Tensor], results)

@@ -219,7 +219,7 @@ def add_products(rows, vectors, sums, stride, weights, source, distance, runs, c
         runs, count: address of (count, 3) integers: where a run begins in the source, its length,
             and where its weights begin.
     """
-    _add_products(  # type: ignore[call-arg]  # numba adds the first
+    _add_products(  # type: ignore[call-arg]  # numba passes the typing context itself
         rows, vectors, sums, stride, weights, source, distance, runs, count
     )
 
@@ -237,7 +237,7 @@ def sum_of_products(
             The right factor likewise.
         rows, vectors: to sum along.
     """
-    _sum_of_products(  # type: ignore[call-arg]  # numba adds the first
+    _sum_of_products(  # type: ignore[call-arg]  # numba passes the typing context itself
         outputs, inputs, sums, left, line_left, row_left, right, line_right, row_right, rows,
         vectors,
     )  # fmt: skip

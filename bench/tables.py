@@ -243,8 +243,7 @@ def table(results: dict[str, Any]) -> str:
         "density": ("bits_per_dim", "bits per dimension", 1, True),
         "classify": ("accuracy", "test accuracy, %", 100, False),
     }[results["task"]]
-    heads = ["model", "library", "parameters", "rate", title, "seeds", "steps"]
-    heads.append("diverged, of all runs")
+    heads = ["model", "library", "parameters", "rate", title, "seeds", "steps", "diverged"]
     rows = []
     for model in dict.fromkeys(made["model"] for made in results["runs"]):
         made = _runs_of(model, results)
@@ -259,16 +258,9 @@ def table(results: dict[str, Any]) -> str:
             if len(scores) > 1:
                 score += f" ± {statistics.stdev(scores):.3f}"
             steps = f"{statistics.median(entry['steps'] for entry in best):.0f}"
-        diverged = f"{sum('diverged' in entry for entry in made)} of {len(made)}"
-        row = [
-            *_names(model, results["task"]),
-            best[0]["parameters"],
-            f"{rate:g}",
-            score,
-            len(best),
-            steps,
-        ]
-        rows.append((place, [*row, diverged]))
+        diverged = f"{sum('diverged' in entry for entry in made)} of {len(made)} runs"
+        row = [*_names(model, results["task"]), best[0]["parameters"], f"{rate:g}", score]
+        rows.append((place, [*row, len(best), steps, diverged]))
     cells = [heads, ["---"] * len(heads), *(row for _, row in sorted(rows, key=itemgetter(0)))]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 

@@ -156,7 +156,7 @@ def test_a_diverged_run_is_recorded(
     results = make(path, pool, models=["nice"])
     assert json.loads(path.read_text()) == results
     assert results["runs"][0]["diverged"] == "at step 3"
-    assert "| - | 1 | - | 1 of 1 |" in tables.table(results)
+    assert "| - | 1 | - | 1 of 1 runs |" in tables.table(results)
 
 
 def entry(
@@ -186,8 +186,8 @@ def test_held_out_images_choose_the_rate_and_the_best_model_comes_first() -> Non
     lines = tables.table({**terms, "task": "density", "runs": runs}).splitlines()
     spread = math.sqrt(2 * 0.1**2)
     assert lines[2:] == [
-        "| MintNet | this one | 100 | 0.001 | 2.100 | 1 | 50 | 0 of 1 |",
-        f"| Glow | normflows | 100 | 0.001 | 2.500 ± {spread:.3f} | 2 | 50 | 1 of 4 |",
+        "| MintNet | this one | 100 | 0.001 | 2.100 | 1 | 50 | 0 of 1 runs |",
+        f"| Glow | normflows | 100 | 0.001 | 2.500 ± {spread:.3f} | 2 | 50 | 1 of 4 runs |",
     ]
     runs = [
         entry("resnet", 1e-3, 0, 0.1, 0.98, "accuracy"),

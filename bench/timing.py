@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mintnet_triton.recipes.processes import resident_memory
+
 Work = Callable[[], Any]
 
 #: seconds that one reading of a CPU's clock has to span: shorter work is repeated
@@ -194,15 +196,10 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     except OSError:
         return None
-    before = _status("VmRSS")
+    resident = resident_memory("VmRSS")
     work()
-    return (_status("VmHWM") - before) / 2**10
-
-
-def _status(name: str) -> int:
-    """An entry of /proc/self/status, in KiB."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    peak = resident_memory("VmHWM")
+    return None if peak is None or resident is None else peak - resident
 
 
 def energy(work: Work, clock: Clock, seconds: float = 0.5) -> float | None:

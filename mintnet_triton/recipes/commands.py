@@ -1,18 +1,14 @@
 """What the command line does: train, evaluate, sample, figures."""
 
-import gc
 import json
-import os
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from mintnet_triton.checkpoint import save
 from mintnet_triton.checks import check_integer
@@ -29,9 +25,10 @@ from mintnet_triton.recipes.evaluation import (
     evaluate_inversion,
 )
 from mintnet_triton.recipes.objectives import Density, Objective, make_objective
+from mintnet_triton.recipes.processes import Processes, joined
 from mintnet_triton.recipes.recipe import Experiment, read_experiment
 from mintnet_triton.recipes.runs import RunFolder
-from mintnet_triton.recipes.training import Processes, TrainingResult, train
+from mintnet_triton.recipes.training import TrainingResult, train
 
 ALPHAS = [1.0, 0.5, 1 / 3.5]  # the last is the paper's for MNIST
 ITERATIONS = [1, 2, 3, 5, 8, 12, 20, 30, 50, 80]
@@ -75,13 +72,13 @@ def train_preset(
         ValueError: the data do not fit the preset; and all that :func:`.train` raises.
     """
     experiment = read_experiment(preset, task, changes)
-    with _process_group(device or default_device()) as place:
+    with joined(device or default_device()) as place:
         data = load_images(data_name, data_folder)
         _check_fits(experiment, data, preset)
         model = new_model(experiment).to(place)
         objective = make_objective(task, experiment.data)
         description = {"preset": preset, "model": model.arguments}
-        first = Processes.current().rank == 0
+        first = Processes.current().first
         if first:
             _announce(experiment, data, model, out)
         result = train(model, data, objective, experiment.recipe, out, description, **options)
@@ -265,35 +262,3 @@ def _check_fits(experiment: Experiment, data: ImageData, preset: str) -> None:
     classes = experiment.model.get("classes", data.classes)
     if classes != data.classes:
         raise ValueError(f"{data.name} has {data.classes} classes: --set classes={data.classes}")
-
-
-@contextmanager
-def _process_group(device: str) -> Iterator[torch.device]:
-    """The device of this process, joined with the others if ``torchrun`` started it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield torch.device(device)
-        return
-    place = torch.device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield place
-    except BaseException as error:
-        _forget_frames(error)
-        raise
-    finally:
-        distributed.destroy_process_group()
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, a ``DistributedDataParallel`` above all.
-
-    If it is that which takes the process group down, it does so holding the interpreter's lock, for
-    which the group's threads may be waiting: the process would never end.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-    gc.collect()

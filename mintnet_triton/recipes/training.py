@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
@@ -32,6 +32,7 @@ from mintnet_triton.recipes.batches import (
 )
 from mintnet_triton.recipes.data import ImageData, ImageSet
 from mintnet_triton.recipes.objectives import Objective
+from mintnet_triton.recipes.processes import Processes, resident_memory
 from mintnet_triton.recipes.recipe import Recipe
 from mintnet_triton.recipes.runs import RunError, RunFolder
 from mintnet_triton.recipes.sharding import shard, shared_out, whole
@@ -58,26 +59,6 @@ class TrainingResult:
     images_per_second: float | None
     peak_memory: float | None  #: MiB of this process: allocated on a GPU, resident on a CPU
     whole_seconds: float | None  #: of the recipe at this rate; None for epochs of a stream, too
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that train together, as ``torch.distributed`` has it."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def current(cls) -> "Processes":
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return cls()
-        return cls(distributed.get_rank(), distributed.get_world_size())
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.count > 1:
-            distributed.all_reduce(values)
-        return values
 
 
 @dataclass
@@ -217,7 +198,7 @@ def train(
     )
     with ExitStack() as stack:
         stack.enter_context(loop.losses_named())
-        loop.by_the_writer(lambda: stack.enter_context(loop.folder.locked()))
+        loop.processes.by_the_first(lambda: stack.enter_context(loop.folder.locked()))
         loop.begin(resume)
         if tensorboard and loop.writes:
             loop.board = stack.enter_context(_board(folder / "tensorboard", loop.state.step))
@@ -262,7 +243,7 @@ class _Loop:
                 f"validation must divide by the {self.processes.count} processes of a sharded "
                 f"run, got {recipe.validation}"
             )
-        self.writes = self.processes.rank == 0
+        self.writes = self.processes.first
         self.board: Any = None
         parameters = list(model.parameters())
         self.device = parameters[0].device
@@ -278,35 +259,19 @@ class _Loop:
 
     def begin(self, resume: bool) -> None:
         """Take up the last checkpoint, or make the first."""
-        if self.by_the_writer(lambda: resume and bool(self.folder.checkpoints())):
+        if self.processes.by_the_first(lambda: resume and bool(self.folder.checkpoints())):
             self.folder.check_same(self.description)
             self.state.load_state_dict(self.folder.load())
-            self.by_the_writer(lambda: self.folder.cut_log(self.state.step))
+            self.processes.by_the_first(lambda: self.folder.cut_log(self.state.step))
         else:
-            self.by_the_writer(lambda: self.folder.start(self.description, self.checkpoint_bytes))
+            self.processes.by_the_first(
+                lambda: self.folder.start(self.description, self.checkpoint_bytes)
+            )
             self._save(best=False)
-
-    def by_the_writer(self, act: Callable[[], Any]) -> Any:
-        """Let the first process act on the folder; all return what it found, or stop where it does.
-
-        Raises:
-            RunError: the first process's, in all of them.
-        """
-        outcome: list[Any] = [None]
-        if self.writes:
-            try:
-                outcome = [act()]
-            except RunError as error:
-                outcome = [error]
-        if self.processes.count > 1:
-            distributed.broadcast_object_list(outcome)
-        if isinstance(outcome[0], RunError):
-            raise outcome[0]
-        return outcome[0]
 
     def _save(self, best: bool) -> None:
         content = self.state.state_dict(keep=self.writes)
-        self.by_the_writer(lambda: self.folder.save(content, best))
+        self.processes.by_the_first(lambda: self.folder.save(content, best))
 
     @contextmanager
     def losses_named(self) -> Iterator[None]:
@@ -363,7 +328,7 @@ class _Loop:
             rate = recipe.batch_size * (state.step - step) / (state.seconds - seconds)
             steps = self._all_steps()
             all_seconds = None if steps is None else steps * recipe.batch_size / rate
-        peak = peak_memory(self.device)
+        peak = _peak_memory(self.device)
         return TrainingResult(
             state.step, state.finished(recipe), checkpoint, rate, peak, all_seconds
         )
@@ -539,14 +504,10 @@ class _Means:
         }
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """MiB that this process has taken at most; None where the system does not tell."""
+def _peak_memory(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
-    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]  # KiB
-    return peaks[0] / 2**10 if peaks else None
+    return resident_memory("VmHWM")
 
 
 def _recompute(model: nn.Module) -> None:

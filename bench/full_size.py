@@ -20,6 +20,7 @@ from bench import machine
 from bench.run import write
 from mintnet_triton.recipes.commands import train_preset
 from mintnet_triton.recipes.data import DataName
+from mintnet_triton.recipes.processes import leave
 from mintnet_triton.recipes.recipe import read_experiment
 
 #: images of the training split, and the split that is tested on
@@ -115,7 +116,7 @@ def main() -> None:
     if options.worker:
         task, name, sharded, steps, folder, out = options.worker
         work(task, name, sharded == "True", int(steps), Path(folder), Path(out))
-        return
+        leave(0)
     options.out.mkdir(parents=True, exist_ok=True)
     result = run(options.steps)
     write(options.out / "full_size.json", result)

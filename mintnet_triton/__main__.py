@@ -9,6 +9,7 @@ from typing import get_args
 
 from mintnet_triton.inverse import NotConvergedError
 from mintnet_triton.recipes.data import DataName
+from mintnet_triton.recipes.processes import leave
 from mintnet_triton.recipes.runs import RunError
 
 # The recipes need more packages than the library does: each command imports its own.
@@ -197,4 +198,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,6 +1,9 @@
 """Input checks of all modules: an error names the argument, what came, what is expected."""
 
+import operator
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +51,11 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device}, the module's parameters on {like.device}")
         # Autocast casts between the others, but never from or to float64.
-        cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (
-            x.dtype,
-            like.dtype,
+        place = x.device.type
+        cast = (
+            torch.amp.is_autocast_available(place)
+            and torch.is_autocast_enabled(place)
+            and torch.float64 not in (x.dtype, like.dtype)
         )
         if x.dtype != like.dtype and not cast:
             raise TypeError(
@@ -86,64 +91,93 @@ def check_finite(name: str, x: Tensor) -> None:
         )
 
 
-def check_positive(**arguments: int) -> None:
-    """Check that integer arguments are at least 1.
+def check_positive(**arguments: Any) -> tuple[int, ...]:
+    """The arguments as Python integers of at least 1, in their order.
 
     Raises:
         TypeError: not an integer.
         ValueError: below 1.
     """
-    for name, value in arguments.items():
-        check_integer(name, value, least=1)
+    return tuple(check_integer(name, value, least=1) for name, value in arguments.items())
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Check that ``value`` is an integer of at least ``least``.
+def check_integer(name: str, value: Any, least: int) -> int:
+    """``value`` as a Python integer, of at least ``least``.
+
+    An integer is what Python takes for one (``__index__``), a scalar of numpy or torch included;
+    but no truth value.
 
     Raises:
         TypeError: not an integer.
         ValueError: too small.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    scalar = _scalar(value)
+    if isinstance(scalar, bool) or hasattr(scalar, "ndim") or not hasattr(scalar, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    integer = operator.index(scalar)
+    if integer < least:
+        raise ValueError(f"{name} must be at least {least}, got {integer}")
+    return integer
 
 
-def as_size(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+def check_number(name: str, value: Any) -> float:
+    """``value`` as a Python float; a scalar of numpy or torch will do.
+
+    Raises:
+        TypeError: not a real number, or a tensor whose gradient would be lost.
+    """
+    scalar = _scalar(value)
+    if isinstance(scalar, bool) or not isinstance(scalar, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} must be a number, got a tensor that requires a gradient: {value}")
+    return float(scalar)
+
+
+def _scalar(value: Any) -> Any:
+    """What an array or tensor without dimensions holds; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def as_size(name: str, size: Any) -> tuple[int, int]:
     """(height, width) from an integer or a pair.
 
     Raises:
         TypeError, ValueError: not one or two positive integers.
     """
-    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an integer or (height, width), got {size!r}")
-    for value in pair:
-        check_integer(name, value, least=1)
-    return pair
+    height, width = _one_or_several(name, size, 2, "(height, width)")
+    return height, width
 
 
-def as_kernel_sizes(kernel_size: int | Sequence[int]) -> tuple[int, int, int]:
+def as_kernel_sizes(kernel_size: Any) -> tuple[int, int, int]:
     """Kernel sizes of a layer's three convolutions, from an odd integer or three of them.
 
     Raises:
         TypeError, ValueError: not one or three odd positive integers.
     """
-    sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,) * 3
-    if len(sizes) != 3:
-        raise ValueError(f"kernel_size must be an integer or three of them, got {kernel_size!r}")
-    for value in sizes:
+    first, second, third = (
         check_odd("kernel_size", value)
-    return sizes
+        for value in _one_or_several("kernel_size", kernel_size, 3, "three of them")
+    )
+    return first, second, third
 
 
-def check_odd(name: str, value: object) -> None:
-    """Check that ``value`` is an odd positive integer.
+def _one_or_several(name: str, value: Any, count: int, several: str) -> list[int]:
+    """So many positive integers, from one or from a sequence or an array of so many."""
+    sequence = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+    values = list(value) if sequence else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name} must be an integer or {several}, got {value!r}")
+    return [check_integer(name, each, least=1) for each in values]
+
+
+def check_odd(name: str, value: Any) -> int:
+    """``value`` as an odd positive Python integer.
 
     Raises:
         TypeError, ValueError: it is not.
     """
-    check_integer(name, value, least=1)
-    if isinstance(value, int) and value % 2 == 0:
-        raise ValueError(f"{name} must be odd, so that a kernel has a centre, got {value}")
+    integer = check_integer(name, value, least=1)
+    if integer % 2 == 0:
+        raise ValueError(f"{name} must be odd, so that a kernel has a centre, got {integer}")
+    return integer

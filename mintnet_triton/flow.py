@@ -2,12 +2,19 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.checks import as_kernel_sizes, as_size, check_finite, check_integer
+from mintnet_triton.checks import (
+    as_kernel_sizes,
+    as_size,
+    check_finite,
+    check_integer,
+    check_number,
+    check_positive,
+)
 from mintnet_triton.inverse import Chain, Invertible, Shape
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintPair, Squeeze
@@ -22,8 +29,8 @@ def squeeze_positions(pairs: int, squeezes: int) -> list[int]:
     Raises:
         TypeError, ValueError: pairs below 1, squeezes below 0, or pairs not above squeezes.
     """
-    check_integer("pairs", pairs, least=1)
-    check_integer("squeezes", squeezes, least=0)
+    pairs = check_integer("pairs", pairs, least=1)
+    squeezes = check_integer("squeezes", squeezes, least=0)
     if pairs <= squeezes:
         raise ValueError(f"pairs must be more than squeezes={squeezes}, got {pairs}")
     return [pairs // (squeezes + 1) * (i + 1) for i in range(squeezes)]
@@ -80,8 +87,10 @@ class MintNet(Chain):
         zero_init_start: int | None = None,
     ) -> None:
         super().__init__()
-        check_integer("channels", channels, least=1)
-        check_integer("hidden", hidden, least=1)
+        channels, pairs, hidden = check_positive(channels=channels, pairs=pairs, hidden=hidden)
+        squeezes = check_integer("squeezes", squeezes, least=0)
+        if zero_init_start is not None:
+            zero_init_start = check_integer("zero_init_start", zero_init_start, least=-1)
         size = as_size("image_size", image_size)
         positions = squeeze_positions(pairs, squeezes)
         squeezed(size, squeezes)
@@ -146,8 +155,7 @@ class MintNet(Chain):
 
     def steps(self) -> Iterable[tuple[str, Invertible]]:
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Invertible)
-            yield f"layers.{index}", layer
+            yield f"layers.{index}", cast(Invertible, layer)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density at x (B, C, H, W) in nats, (B,); float64 for float64 input, else float32.
@@ -172,6 +180,8 @@ class MintNet(Chain):
     ) -> Tensor:
         """Draw n samples x (n, C, H, W) in logit space, without gradients.
 
+        They are of the parameters' dtype; in half precision, rounded from float32 at the end.
+
         Args:
             n: how many.
             generator: source of randomness; the default one of the device if None.
@@ -182,7 +192,8 @@ class MintNet(Chain):
             NotConvergedError: the inverse of some sample did not converge.
             ValueError, TypeError: an argument outside its range.
         """
-        return self.inverse(self._latents(n, generator, temperature), solver)[0]
+        x, _ = self.inverse(self._latents(n, generator, temperature), solver)
+        return x.to(self._like().dtype)
 
     def sample_and_log_prob(
         self,
@@ -201,13 +212,19 @@ class MintNet(Chain):
         """
         z = self._latents(n, generator, temperature)
         x, log_det = self.inverse(z, solver)
-        return x, standard_normal_log_prob(z) - log_det
+        return x.to(self._like().dtype), standard_normal_log_prob(z) - log_det
+
+    def _like(self) -> Tensor:
+        like = super()._like()
+        assert like is not None
+        return like
 
     def _latents(self, n: int, generator: torch.Generator | None, temperature: float) -> Tensor:
-        check_integer("n", n, least=0)
+        n = check_integer("n", n, least=0)
+        temperature = check_number("temperature", temperature)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-        like = next(self.parameters())
+        like = self._like()
         dtype = log_det_dtype(like)
         return temperature * torch.randn(
             n, *self.latent_shape, generator=generator, device=like.device, dtype=dtype

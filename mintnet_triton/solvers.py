@@ -8,7 +8,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from mintnet_triton.checks import check_integer
+from mintnet_triton.checks import check_integer, check_number
 from mintnet_triton.kernels import Bracket, Wave
 
 Evaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -88,8 +88,12 @@ class Solver:
     tolerance: float | None
 
     def __post_init__(self) -> None:
-        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
-            raise ValueError(f"tolerance must be finite and at least 0, got {self.tolerance}")
+        if self.tolerance is None:
+            return
+        tolerance = check_number("tolerance", self.tolerance)
+        if not 0 <= tolerance < float("inf"):
+            raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
+        object.__setattr__(self, "tolerance", tolerance)  # a solver is frozen
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
         """The tolerance, or the default of that dtype."""
@@ -100,7 +104,7 @@ class Solver:
     def with_tolerance(self, tolerance: float) -> Self:
         """The same solver with that tolerance."""
         other = copy(self)
-        object.__setattr__(other, "tolerance", tolerance)  # a solver is frozen
+        object.__setattr__(other, "tolerance", tolerance)
         return other
 
     def dtype_for(self, z: Tensor) -> torch.dtype:
@@ -155,14 +159,15 @@ class FixedPoint(Solver):
     safeguard: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, int | float):
-            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
-        if not 0 < self.alpha < 2:
+        alpha = check_number("alpha", self.alpha)
+        if not 0 < alpha < 2:
             raise ValueError(
-                f"alpha must be in the open interval (0, 2), got {self.alpha}: outside it the "
+                f"alpha must be in the open interval (0, 2), got {alpha}: outside it the "
                 "iteration does not converge even locally (Theorem 2)"
             )
-        check_integer("iterations", self.iterations, least=1)
+        object.__setattr__(self, "alpha", alpha)
+        iterations = check_integer("iterations", self.iterations, least=1)
+        object.__setattr__(self, "iterations", iterations)
         super().__post_init__()
 
     @property

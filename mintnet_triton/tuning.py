@@ -37,7 +37,7 @@ def tune(
         BackendError: the layers are not where the kernels can run, or no tile fits.
         ValueError, TypeError: batch is not a positive integer, or ``module`` not a module.
     """
-    check_positive(batch=batch)
+    (batch,) = check_positive(batch=batch)
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     layers = {

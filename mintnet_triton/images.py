@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mintnet_triton.checks import check_integer, check_tensor
+from mintnet_triton.checks import check_integer, check_number, check_tensor
 from mintnet_triton.flow import MintNet
 from mintnet_triton.presets import load_preset
 from mintnet_triton.solvers import log_det_dtype
+
+#: bits of the noise that are left beside the largest value of a pixel
+NOISE_BITS = 16
+
+# PyTorch has no order for these.
+_UNORDERED = (torch.uint16, torch.uint32, torch.uint64)
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (torch.bool, torch.uint8, *_SIGNED, *_UNORDERED)
 
 
 class ImagePreprocess(nn.Module):
@@ -21,7 +29,8 @@ class ImagePreprocess(nn.Module):
     ``-(flow.log_prob(x) + log_det) / (D log 2)`` are bits per dimension, with no constant to add.
 
     Args:
-        levels: values a pixel may take, 0 to levels - 1.
+        levels: values a pixel may take, 0 to levels - 1; from 2 to 2**37, beyond which float64 has
+            no room for the noise.
         logit_lambda: keeps the logits finite, in (0, 0.5); 0.05 for CIFAR-10, 1e-6 for MNIST.
 
     Raises:
@@ -30,10 +39,17 @@ class ImagePreprocess(nn.Module):
 
     def __init__(self, levels: int = 256, logit_lambda: float = 0.05) -> None:
         super().__init__()
-        check_integer("levels", levels, least=2)
-        if not 0 < logit_lambda < 0.5:
+        self.levels = check_integer("levels", levels, least=2)
+        self.logit_lambda = check_number("logit_lambda", logit_lambda)
+        if not 0 < self.logit_lambda < 0.5:
             raise ValueError(f"logit_lambda must be in (0, 0.5), got {logit_lambda}")
-        self.levels, self.logit_lambda = levels, logit_lambda
+        if not _holds_noise(torch.float64, self.levels):
+            raise ValueError(f"levels must be at most 2**37, got {levels}")
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """What values v need: float32 up to 256 levels, which leaves room for noise, or float64."""
+        return torch.float32 if _holds_noise(torch.float32, self.levels) else torch.float64
 
     @classmethod
     def from_preset(cls, name: str) -> Self:
@@ -50,9 +66,10 @@ class ImagePreprocess(nn.Module):
         """Dequantise images and map them to logits.
 
         Args:
-            images: (B, C, H, W) of an integer dtype, values 0 to levels - 1.
+            images: (B, C, H, W) of any integer dtype or bool, values 0 to levels - 1.
             generator: source of the noise; the default one of the device if None.
-            dtype: of the logits; the default dtype if None.
+            dtype: of the logits; the default dtype if None. Before the last rounding all is
+                computed in float64 for more than 256 levels.
 
         Returns:
             x (B, C, H, W), and the log-determinant (B,) of v -> x.
@@ -62,22 +79,33 @@ class ImagePreprocess(nn.Module):
             ValueError: a value outside 0 to levels - 1, or a wrong number of dimensions.
         """
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        exact = torch.float64 if dtype == torch.float64 else self.values_dtype
         x, log_det = self.transform(self.dequantise(images, generator, exact))
-        return x.to(dtype), log_det
+        x = x.to(dtype)
+        return x, log_det.to(log_det_dtype(x))
 
     def dequantise(
         self,
         images: Tensor,
         generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """``v = image + u``, never rounded up to image + 1; errors as :meth:`forward`.
 
         Args:
-            dtype: float32 or float64; a lower precision would lose the noise.
+            dtype: float64, or float32 up to 256 levels, the default there; a lower precision would
+                lose the noise.
+
+        Raises:
+            ValueError: dtype has no room for the noise.
         """
-        if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
+        dtype = self.values_dtype if dtype is None else dtype
+        if not _holds_noise(dtype, self.levels):
+            raise ValueError(
+                f"dtype must be {self.values_dtype} for levels={self.levels}, so that noise is not "
+                f"rounded away, got {dtype}"
+            )
+        if not isinstance(images, Tensor) or images.dtype not in _INTEGERS:
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(
                 f"images must be a tensor of an integer dtype, got {kind}; values in [0, 1] become "
@@ -86,7 +114,8 @@ class ImagePreprocess(nn.Module):
         if images.ndim != 4:
             raise ValueError(f"images must be (batch, C, H, W), got shape {tuple(images.shape)}")
         if images.numel():
-            least, most = (int(bound) for bound in images.aminmax())
+            ordered = images.double() if images.dtype in _UNORDERED else images
+            least, most = (int(bound) for bound in ordered.aminmax())
             if least < 0 or most >= self.levels:
                 raise ValueError(
                     f"images must be within 0 and {self.levels - 1} for levels={self.levels}, got "
@@ -132,7 +161,8 @@ class ImagePreprocess(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`inverse`.
         """
-        return self.inverse(x)[0].floor().clamp(0, self.levels - 1).long()
+        check_tensor("x", x, (None, None, None), like=None)
+        return self.inverse(x.double())[0].floor().clamp(0, self.levels - 1).long()
 
     def _log_det(self, x: Tensor) -> Tensor:
         # dv -> dp is a constant; dp -> dx is 1 / (p (1 - p)).
@@ -142,6 +172,12 @@ class ImagePreprocess(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, logit_lambda={self.logit_lambda}"
+
+
+def _holds_noise(dtype: torch.dtype, levels: int) -> bool:
+    return dtype in (torch.float32, torch.float64) and (
+        levels * 2**NOISE_BITS <= 2 / torch.finfo(dtype).eps
+    )
 
 
 def add_noise(images: Tensor, noise: Tensor) -> Tensor:
@@ -166,7 +202,7 @@ def bits_per_dim(
 
     Args:
         flow: over logits.
-        images: (B, C, H, W) of an integer dtype, values 0 to levels - 1.
+        images: (B, C, H, W) of any integer dtype or bool, values 0 to levels - 1.
         levels: values a pixel may take.
         logit_lambda: the one that the flow was trained with.
         generator: source of the dequantisation noise.

@@ -10,7 +10,6 @@ import torch
 
 from mintnet_triton.checkpoint import save
 from mintnet_triton.flow import MintNet
-from mintnet_triton.images import ImagePreprocess
 from mintnet_triton.inverse import invert
 from mintnet_triton.recipes.batches import generator
 from mintnet_triton.recipes.commands import ALPHAS, ITERATIONS, new_model
@@ -49,7 +48,7 @@ def run_demo(name: DataName, folder: Path) -> bool:
     experiment = read_experiment(name, "density")
     data, recipe = load_images(name), experiment.recipe
     objective = Density(data.levels, experiment.data["logit_lambda"])
-    preprocess = ImagePreprocess(data.levels, objective.logit_lambda)
+    preprocess = objective.preprocess()
     flow = new_model(experiment)
     assert isinstance(flow, MintNet)
     parameters = sum(parameter.numel() for parameter in flow.parameters())

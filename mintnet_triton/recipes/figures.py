@@ -221,7 +221,7 @@ def paper_figures(
         NotConvergedError: the inverse of some sample did not converge.
     """
     device = next(flow.parameters()).device
-    preprocess = ImagePreprocess(objective.levels, objective.logit_lambda)
+    preprocess = objective.preprocess()
     rngs = [generator(0, "evaluation", 0, index) for index in range(len(images))]
     inputs = objective.inputs(images, rngs).to(device)
     x, _ = objective.logits(inputs, next(flow.parameters()))

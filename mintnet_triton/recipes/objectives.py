@@ -42,17 +42,31 @@ class Density:
     task: ClassVar[str] = "density"
     metric: ClassVar[str] = "bits_per_dim"
 
+    def __post_init__(self) -> None:
+        preprocess = self.preprocess()
+        object.__setattr__(self, "levels", preprocess.levels)  # as JSON takes them
+        object.__setattr__(self, "logit_lambda", preprocess.logit_lambda)
+
+    def preprocess(self) -> ImagePreprocess:
+        """The map from images to logits and back."""
+        return ImagePreprocess(self.levels, self.logit_lambda)
+
     def inputs(self, images: Tensor, generators: list[np.random.Generator]) -> Tensor:
-        """Values (B, C, H, W), float32, in [0, levels): images (uint8) with a draw of the noise."""
+        """Values (B, C, H, W) in [0, levels): images with a draw of the noise.
+
+        float32 up to 256 levels, else float64.
+        """
         shape = images.shape[1:]
-        noise = np.stack([rng.random(shape, dtype=np.float32) for rng in generators])
+        single = self.preprocess().values_dtype == torch.float32
+        dtype = np.float32 if single else np.float64
+        noise = np.stack([rng.random(shape, dtype=dtype) for rng in generators])
         return add_noise(images, torch.from_numpy(noise))
 
     def logits(self, inputs: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """x for a model whose parameters are like that one, and the log-det (B,) of v -> x."""
-        preprocess = ImagePreprocess(self.levels, self.logit_lambda)
-        x, log_det = preprocess.transform(inputs.to(log_det_dtype(like)))
-        return x.to(like.dtype), log_det
+        dtype = torch.promote_types(inputs.dtype, log_det_dtype(like))
+        x, log_det = self.preprocess().transform(inputs.to(dtype))
+        return x.to(like.dtype), log_det.to(log_det_dtype(like))
 
     def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
         """Bits per dimension, twice; labels are not looked at."""
@@ -76,7 +90,7 @@ class Classification:
     def inputs(self, images: Tensor, generators: list[np.random.Generator]) -> Tensor:
         """Normalised images (B, C, H, W), float32; nothing random is left to draw."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (images / (self.levels - 1) - mean) / std
+        return (images.float() / (self.levels - 1) - mean) / std
 
     def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
         log_probs = model(inputs.to(next(model.parameters()).dtype))

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +16,27 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def write_rows(folder: Path, splits: dict[str, list[dict[str, Any]]], shards: int = 1) -> None:
+    """Rows of each split, in so many files."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        for shard in range(shards):
+            part = rows[shard * len(rows) // shards : (shard + 1) * len(rows) // shards]
+            name = f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+            parquet.write_table(pyarrow.Table.from_pylist(part), folder / name)
+
+
 def write_parquet(
     folder: Path, column: str, shape: tuple[int, ...], splits: dict[str, int]
 ) -> None:
     """Two files a split, as the hub has them; image i of a split is filled with i."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, count in splits.items():
-        rows = [
+    rows = {
+        split: [
             {column: {"bytes": png(np.full(shape, i, np.uint8)), "path": None}, "label": i % 10}
             for i in range(count)
         ]
-        for shard in range(2):
-            table = pyarrow.Table.from_pylist(rows[shard * count // 2 : (shard + 1) * count // 2])
-            parquet.write_table(table, folder / f"{split}-{shard:05d}-of-00002.parquet")
+        for split, count in splits.items()
+    }
+    write_rows(folder, rows, shards=2)

@@ -504,7 +504,7 @@ def test_values_of_a_preset_can_be_changed() -> None:
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),
         ({"learning_rate": -1}, ValueError, "learning_rate must be above 0, got -1"),
-        ({"learning_rate": "fast"}, TypeError, "learning_rate must be numeric, got 'fast'"),
+        ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number, got 'fast'"),
         ({"clip": 0.0}, ValueError, "clip must be above 0, got 0.0"),
         ({"average": 1.0}, ValueError, "average must be at least 0 and below 1, got 1.0"),
         ({"betas": (0.9,)}, ValueError, "betas must be two numbers, got"),

@@ -14,7 +14,6 @@ from mintnet_triton.checkpoint import save
 from mintnet_triton.checks import check_integer
 from mintnet_triton.classifier import MintClassifier
 from mintnet_triton.flow import MintNet
-from mintnet_triton.images import ImagePreprocess
 from mintnet_triton.inverse import invert
 from mintnet_triton.recipes import figures
 from mintnet_triton.recipes.data import DataName, ImageData, load_images
@@ -73,7 +72,7 @@ def train_preset(
     """
     experiment = read_experiment(preset, task, changes)
     with joined(device or default_device()) as place:
-        data = load_images(data_name, data_folder)
+        data = load_images(data_name, data_folder, labelled=task == "classify")
         _check_fits(experiment, data, preset)
         model = new_model(experiment).to(place)
         objective = make_objective(task, experiment.data)
@@ -163,10 +162,10 @@ def evaluate_run(
     Returns:
         What the files hold.
     """
-    check_integer("inversions", inversions, least=0)
+    inversions = check_integer("inversions", inversions, least=0)
     run = load_run(folder, checkpoint, device or default_device())
-    test = load_images(run.data, data_folder).test
     flow = isinstance(run.objective, Density)
+    test = load_images(run.data, data_folder, labelled=not flow).test
     evaluation = evaluate(run.model, test, run.objective, draws if flow else 1)
     report = {
         "data": run.data,
@@ -205,11 +204,11 @@ def sample_run(
     """
     run = load_run(folder, checkpoint, device or default_device())
     flow, objective = _flow_of(run)
-    check_integer("number", number, least=1)
+    number = check_integer("number", number, least=1)
     generator = torch.Generator().manual_seed(seed)
     z = temperature * torch.randn(number, *flow.latent_shape, generator=generator)
     result = invert(flow, z.to(next(flow.parameters()).device))
-    preprocess = ImagePreprocess(objective.levels, objective.logit_lambda)
+    preprocess = objective.preprocess()
     images = preprocess.to_images(result.x[result.converged]).cpu()
     np.save(folder / "samples.npy", images.numpy())
     figures.image_grid(images, objective.levels).savefig(folder / "samples.png", dpi=150)

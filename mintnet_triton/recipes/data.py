@@ -14,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mintnet_triton.recipes.pixels import read_pixels
+
 DataName = Literal["digits", "mnist5k", "patches", "mnist", "cifar10", "imagenet32"]
 
 #: images of a stream that are held to draw the next one from
 SHUFFLE_BUFFER = 10_000
+
+#: the label of an image that has none, or none of the data set's classes
+NO_LABEL = -1
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -30,7 +35,7 @@ class Sample:
 
     index: int  #: where it stands in its split; in a shuffled stream, in that epoch's stream
     image: Tensor  #: (C, H, W), uint8
-    label: int
+    label: int  #: or :data:`NO_LABEL`
 
 
 class Split(Protocol):
@@ -56,7 +61,7 @@ class ImageSet:
     """A split in memory."""
 
     images: Tensor  #: (N, C, H, W), uint8
-    labels: Tensor  #: (N,), int64
+    labels: Tensor  #: (N,), int64; :data:`NO_LABEL` where there is none
 
     def order(self, shuffle: tuple[int, int] | None = None, start: int = 0) -> Iterator[int]:
         count = len(self.images)
@@ -90,7 +95,7 @@ class ImageStream:
             seed, epoch = shuffle
             dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
             dataset.set_epoch(epoch)
-        return islice(enumerate(dataset), start, None)
+        return islice(enumerate(self.decoder.rows(dataset)), start, None)
 
     def fetch(self, handle: tuple[int, Any]) -> Sample:
         return self.decoder.decode(*handle)
@@ -109,6 +114,28 @@ class ImageData:
     levels: int  #: values a pixel may take
     shape: tuple[int, int, int]  #: (C, H, W)
     classes: int
+
+    def check_labels(self) -> None:
+        """See that every training image has a label, as a classifier needs.
+
+        A stream is not read for it: there, an image without a label raises when it is fetched.
+
+        Raises:
+            TypeError: labels are not of an integer dtype.
+            ValueError: names the first image whose label is not from 0 to classes - 1.
+        """
+        if not isinstance(self.train, ImageSet):
+            return
+        labels = self.train.labels
+        if labels.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+            raise TypeError(f"labels of {self.name} must be integers, got {labels.dtype}")
+        wrong = ((labels < 0) | (labels >= self.classes)).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            raise ValueError(
+                f"labels of {self.name} must be from 0 to {self.classes - 1}, got "
+                f"{int(labels[first])} for training image {first}"
+            )
 
     def hold_out(self, count: int) -> tuple["ImageData", ImageSet]:
         """The data without that many images of the training split, and those, the same each time.
@@ -150,7 +177,7 @@ _HUB = {
 }
 
 
-def load_images(name: DataName, folder: Path | None = None) -> ImageData:
+def load_images(name: DataName, folder: Path | None = None, *, labelled: bool = False) -> ImageData:
     """A data set, split the same way every time.
 
     ========== ======= ====== ============== =====================================================
@@ -171,17 +198,20 @@ def load_images(name: DataName, folder: Path | None = None) -> ImageData:
     Args:
         name: of the set.
         folder: for the last three: read this folder instead of the hub. It holds parquet files in
-            the hub's schema, ``<split>-*.parquet``, or images in ``<split>/<class>/``.
+            the hub's schema, ``<split>-*.parquet``, or images in ``<split>/<class>/``; without
+            labels, ``<split>/`` will do. Files are read as :func:`.read_pixels` does.
+        labelled: refuse an image without a label, which a classifier cannot train on.
 
     Raises:
         DataNotFoundError: the folder, a split in it, or the hub is out of reach; says what to do.
         ModuleNotFoundError: the package that ships it is not installed.
-        ValueError: no such data set, or images of another shape than it should have.
+        ValueError: no such data set; or names the file, or the row, of an image that cannot be
+            read, is of another shape, or has no label; for a stream, when it is fetched.
     """
     if name not in get_args(DataName):
         raise ValueError(f"name must be one of {list(get_args(DataName))}, got {name!r}")
     if name in _HUB:
-        return _load_hub(name, _HUB[name], folder)
+        return _load_hub(name, _HUB[name], folder, labelled)
     if folder is not None:
         raise ValueError(f"folder is for {list(_HUB)}; {name!r} comes with a package")
     if name == "patches":
@@ -242,7 +272,7 @@ def _load_patches() -> ImageData:
     return ImageData("patches", train, test, 256, (3, 32, 32), classes=2)
 
 
-def _load_hub(name: DataName, source: _HubSet, folder: Path | None) -> ImageData:
+def _load_hub(name: DataName, source: _HubSet, folder: Path | None, labelled: bool) -> ImageData:
     from datasets import load_dataset
 
     download = (
@@ -259,6 +289,7 @@ def _load_hub(name: DataName, source: _HubSet, folder: Path | None) -> ImageData
             else load_dataset(str(folder), streaming=True)
         )
     except (OSError, ValueError) as error:  # ValueError: no data files in the folder
+        _check_parquet(folder)
         where = f"from the hub ({source.repository})" if folder is None else f"in {folder}"
         raise DataNotFoundError(
             f"{name} is not to be had {where}: {error}\nWhere the hub can be reached, this gets "
@@ -270,23 +301,42 @@ def _load_hub(name: DataName, source: _HubSet, folder: Path | None) -> ImageData
             f"{folder or source.repository} has splits {sorted(loaded)}, and {name} needs "
             f"{sorted(missing)}, too; this gets it:\n{download}"
         )
-    train, test = (_split(name, source, loaded[part]) for part in ("train", source.test))
+    train, test = (
+        _split(loaded[part], _Decoder(name, part, source, labelled))
+        for part in ("train", source.test)
+    )
     return ImageData(name, train, test, 256, source.shape, source.classes)
 
 
-def _split(name: DataName, source: _HubSet, dataset: Any) -> Split:
+def _check_parquet(folder: Path | None) -> None:
+    """Raise for a damaged file, which ``datasets`` does not name."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    for path in sorted(folder.rglob("*.parquet")) if folder is not None else ():
+        try:
+            read_metadata(path)
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a whole parquet file: {error}") from error
+
+
+def _split(dataset: Any, decoder: "_Decoder") -> Split:
     from datasets import Image
 
-    columns = next(iter(dataset)).keys() if dataset.features is None else dataset.features
+    columns = dataset.features or next(decoder.rows(dataset), {})
     image = "img" if "img" in columns else "image"
-    if image not in columns or "label" not in columns:
-        raise ValueError(f"{name} must have columns image (or img) and label, got {list(columns)}")
-    feature = Image(mode="L" if source.shape[0] == 1 else "RGB")
-    decoder = _Decoder(name, source.shape, feature, image)
+    wanted = {image, "label"} if decoder.labelled else {image}
+    if not wanted <= set(columns):
+        raise ValueError(
+            f"{decoder.name} must have columns image (or img) and label, got {list(columns)}; "
+            "only density training does without labels"
+        )
     undecoded = dataset.cast_column(image, Image(decode=False))
-    if source.streamed:
+    if decoder.source.streamed:
         return ImageStream(undecoded, decoder)
-    samples = [decoder.decode(index, row) for index, row in enumerate(undecoded)]
+    samples = [decoder.decode(index, row) for index, row in enumerate(decoder.rows(undecoded))]
+    if not samples:
+        raise ValueError(f"{decoder.name}: the split {decoder.split!r} has no images")
     return ImageSet(
         torch.stack([sample.image for sample in samples]),
         torch.tensor([sample.label for sample in samples]),
@@ -298,19 +348,52 @@ class _Decoder:
     """Rows of a hub's data set -> samples."""
 
     name: DataName
-    shape: tuple[int, int, int]
-    feature: Any  # datasets.Image
-    column: str
+    split: str
+    source: _HubSet
+    labelled: bool
+
+    def rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        count = 0
+        try:
+            for row in dataset:
+                yield row
+                count += 1
+        # pyarrow's errors are all of these.
+        except (NotImplementedError, OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.name}: cannot read row {count} of the split {self.split!r}: {error}"
+            ) from error
 
     def decode(self, index: int, row: dict[str, Any]) -> Sample:
-        pixels = np.array(self.feature.decode_example(row[self.column]))
-        image = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
-        if image.shape != self.shape:
+        file = row.get("img") or row.get("image") or {}
+        content, path = file.get("bytes"), file.get("path")
+        where = f"{self.name}, row {index} of the split {self.split!r}"
+        where += " in the order of the epoch" if self.source.streamed else ""
+        where += f", {path}" if path else ""
+        try:
+            if content is None:
+                if path is None:
+                    raise ValueError("the row holds no image")
+                content = Path(path).read_bytes()
+            pixels = read_pixels(content, self.source.shape[0])
+            if pixels.shape != self.source.shape:
+                raise ValueError(
+                    f"images of {self.name} must be {self.source.shape} (C, H, W), got "
+                    f"{pixels.shape}"
+                )
+            return Sample(index, torch.from_numpy(pixels), self._label(row.get("label")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _label(self, label: object) -> int:
+        known = isinstance(label, int) and not isinstance(label, bool)
+        if known and 0 <= cast(int, label) < self.source.classes:
+            return cast(int, label)
+        if self.labelled:
             raise ValueError(
-                f"images of {self.name} must be {self.shape} (C, H, W), got {tuple(image.shape)} "
-                f"at index {index}"
+                f"label must be an integer from 0 to {self.source.classes - 1}, got {label!r}"
             )
-        return Sample(index, image.contiguous(), cast(int, row["label"]))
+        return NO_LABEL
 
 
 def _rng(key: tuple[int, ...]) -> np.random.Generator:

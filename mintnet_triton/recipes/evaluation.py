@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.checks import NonFiniteError
-from mintnet_triton.images import ImagePreprocess
+from mintnet_triton.checks import NonFiniteError, check_integer
 from mintnet_triton.inverse import Invertible, invert
 from mintnet_triton.mint import frozen
 from mintnet_triton.recipes.batches import evaluation_batches, generator
@@ -78,8 +77,7 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or draws is below 1.
     """
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    draws = check_integer("draws", draws, least=1)
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     metrics: list[Tensor] = []
@@ -147,7 +145,7 @@ def evaluate_inversion(
         finite = z.flatten(1).isfinite().all(1)
         result = invert(model, z[finite], solver)
     errors = max_error(result.x, x[finite]).double()
-    preprocess = ImagePreprocess(objective.levels, objective.logit_lambda)
+    preprocess = objective.preprocess()
     again = preprocess.to_images(result.x).cpu() == images[finite.cpu()]
     none = not bool(finite.any())
     return {

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from mintnet_triton.checks import check_integer
+from mintnet_triton.checks import check_integer, check_number
 from mintnet_triton.presets import load_preset, model_arguments
 
 Schedule = Literal["cosine", "milestones"]
@@ -15,6 +15,8 @@ SECTIONS = {
     "density": ("density", "density_training"),
     "classify": ("classifier", "classifier_training"),
 }
+
+_MAY_BE_NONE = ("epochs", "steps", "clip", "average")
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,21 @@ class Recipe:
             ("validation", 0),
             ("seed", 0),
         ):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least)
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                self._store(name, check_integer(name, value, least))
         for name in ("amsgrad", "flip", "autocast", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "eps", "weight_decay", "gamma", "clip", "average", "betas"):
+        for name in ("learning_rate", "eps", "weight_decay", "gamma", "clip", "average"):
             value = getattr(self, name)
-            numbers = value if name == "betas" else () if value is None else (value,)
-            if not all(isinstance(x, float | int) and not isinstance(x, bool) for x in numbers):
-                raise TypeError(f"{name} must be numeric, got {value!r}")
+            if value is not None or name not in _MAY_BE_NONE:
+                self._store(name, check_number(name, value))
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas}")
-        for place in self.milestones:
-            check_integer("milestones", place, least=1)
+        self._store("betas", tuple(check_number("betas", beta) for beta in self.betas))
+        places = tuple(check_integer("milestones", place, least=1) for place in self.milestones)
+        self._store("milestones", places)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.clip is not None and not self.clip > 0:
@@ -83,6 +86,9 @@ class Recipe:
             raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be 'cosine' or 'milestones', got {self.schedule!r}")
+
+    def _store(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # a recipe is frozen, and written as JSON
 
 
 @dataclass(frozen=True)

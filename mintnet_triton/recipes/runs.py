@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mintnet_triton.checkpoint import CheckpointError
+from mintnet_triton.checks import check_integer
 
 
 class RunError(RuntimeError):
@@ -62,9 +63,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, keep: int = 3) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        self.path, self.keep = path, keep
+        self.path, self.keep = path, check_integer("keep", keep, least=1)
         self.best = path / "best.pt"
 
     @contextmanager

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from mintnet_triton.checks import NonFiniteError
+from mintnet_triton.checks import NonFiniteError, check_integer, check_number
 from mintnet_triton.recipes.batches import (
     Batch,
     evaluation_batches,
@@ -31,7 +31,7 @@ from mintnet_triton.recipes.batches import (
     training_batches,
 )
 from mintnet_triton.recipes.data import ImageData, ImageSet
-from mintnet_triton.recipes.objectives import Objective
+from mintnet_triton.recipes.objectives import Classification, Objective
 from mintnet_triton.recipes.processes import Processes, resident_memory
 from mintnet_triton.recipes.recipe import Recipe
 from mintnet_triton.recipes.runs import RunError, RunFolder
@@ -187,11 +187,10 @@ def train(
         RunError: the folder cannot be written to, holds another run, or is being trained in; or
             another process is gone.
         CheckpointError: the checkpoint to go on from is damaged.
-        ValueError: an argument outside its range.
+        ValueError, TypeError: an argument outside its range; labels that a classifier cannot use.
     """
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    if max_minutes is not None and not max_minutes > 0:
+    checkpoint_every = check_integer("checkpoint_every", checkpoint_every, least=1)
+    if max_minutes is not None and not check_number("max_minutes", max_minutes) > 0:
         raise ValueError(f"max_minutes must be above 0, got {max_minutes}")
     loop = _Loop(
         model, data, objective, recipe, RunFolder(folder, keep), description, clock, sharded
@@ -225,6 +224,8 @@ class _Loop:
     ) -> None:
         self.clock, self.sharded = clock, sharded
         self.held_out: ImageSet | None = None
+        if isinstance(objective, Classification):
+            data.check_labels()
         if recipe.validation:
             data, self.held_out = data.hold_out(recipe.validation)
         self.data, self.objective, self.recipe, self.folder = data, objective, recipe, folder

@@ -7,6 +7,7 @@ of channels waste what the mask saves: hidden layers take the largest that waste
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -178,23 +179,28 @@ def _file() -> Path:
     return Path(folder).expanduser() / "tiles.json"
 
 
+#: what may be wrong with the file: its folder, its contents
+_UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, AttributeError)
+
+
 @cache
 def _tuned() -> dict[str, Tile]:
-    """Tuned tiles by key, as the file has them at the first look.
-
-    Raises:
-        ValueError: the file is not one that :func:`remember` wrote.
-    """
-    return _read()
+    """Tuned tiles by key, as the file has them at the first look; none if it is damaged."""
+    try:
+        return _read()
+    except _UNREADABLE as error:
+        _warn(f"tuned tiles cannot be read, so the tables hold: {type(error).__name__}: {error}")
+        return {}
 
 
 def _read() -> dict[str, Tile]:
     if not _file().is_file():
         return {}
-    try:
-        return {key: Tile(*tile) for key, tile in json.loads(_file().read_text()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_file()} holds no tuned tiles ({error}); delete it") from error
+    return {key: Tile(*map(int, tile)) for key, tile in json.loads(_file().read_text()).items()}
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"{text}. MINTNET_TRITON_CACHE chooses the folder", RuntimeWarning, stacklevel=3)
 
 
 @contextmanager
@@ -216,9 +222,15 @@ def remember(arch: str, operand: str, colours: int, units: int, tile: Tile) -> s
     """Use this tile from now on, in this process and in those to come; the key it has."""
     key = _key(arch, operand, colours, units)
     _tuned()[key] = tile
-    _file().parent.mkdir(parents=True, exist_ok=True)
-    # What other processes have found meanwhile is kept; the file is never half written.
-    part = _file().with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(_read() | {key: tile}, indent=1))
-    part.replace(_file())
+    try:
+        found = _read()  # what other processes have found meanwhile is kept
+    except _UNREADABLE:
+        found = {}
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        part = _file().with_suffix(f".{os.getpid()}")  # the file is never half written
+        part.write_text(json.dumps(found | {key: tile}, indent=1))
+        part.replace(_file())
+    except (OSError, RuntimeError) as error:
+        _warn(f"a tuned tile cannot be kept for other processes: {type(error).__name__}: {error}")
     return key

@@ -1,3 +1,4 @@
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,16 +47,54 @@ def test_the_fastest_tile_is_kept(cache: Path) -> None:
     assert _configs.hidden_tile(arch, "ieee", 1, 16, 64) == best
 
 
-def test_what_others_found_is_kept_and_what_is_no_tile_is_refused(cache: Path) -> None:
+def test_what_others_found_is_kept(cache: Path) -> None:
     assert _configs.remember("sm_90", "half", 3, 4, _configs.Tile(1, 2, 3, 4, 5))
     cache.write_text('{"other": [64, 64, 32, 4, 3]}')
     _configs.remember("sm_90", "half", 3, 5, _configs.Tile(1, 2, 3, 4, 5))
     assert json.loads(cache.read_text()).keys() == {"other", "sm_90 half 3x5"}
-    for text in ("{", "[]", '{"sm_90 ieee 1x2": [64]}'):
-        cache.write_text(text)
-        _configs._tuned.cache_clear()
-        with pytest.raises(ValueError, match=r"tiles\.json holds no tuned tiles"):
-            _configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff\x00", b'{"sm_90 ieee 1x2": [64]}', b'{"sm_90 ieee 1x2": "tile!"}'],
+)
+def test_a_damaged_file_is_warned_of_once_and_replaced(cache: Path, content: bytes) -> None:
+    table = _configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
+    cache.parent.mkdir()
+    cache.write_bytes(content)
+    _configs._tuned.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"tiles cannot be read.*MINTNET_TRITON_CACHE"):
+        assert _configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == table
+    assert _configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == table  # without a warning
+    _configs.remember("sm_90", "ieee", 1, 2, _configs.Tile(1, 2, 3, 4, 5))
+    assert json.loads(cache.read_text()).keys() == {"sm_90 ieee 1x2"}
+
+
+@pytest.mark.parametrize("place", ["file", "full"])
+def test_tiles_that_cannot_be_kept_hold_in_this_process(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = _configs.Tile(16, 16, 16, 4, 5)
+    if place == "file":
+        (tmp_path / "cache").write_text("no folder")
+    else:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+    with pytest.warns(RuntimeWarning, match="cannot be kept for other processes"):
+        _configs.remember("sm_90", "ieee", 1, 2, tile)
+    assert _configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == tile
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    with pytest.warns(RuntimeWarning, match="tiles cannot be read"):
+        _configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
 
 
 def test_no_tile_fits() -> None:

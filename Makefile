@@ -4,22 +4,19 @@ BIN := .venv/bin
 DATA ?= digits
 OUT ?= out/demo
 
-.PHONY: demo test test-grid compile-oldest lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: .venv/ready ## train on real digits, verify, sample, invert, draw
 	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
 
-test: .venv/ready ## all tests
-	$(BIN)/python -m pytest -n auto
+test: .venv/ready ## every mechanism: within 8 minutes on two cores
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-grid: .venv/ready ## the kernels over the full grid of cases: an hour or two without a GPU
-	$(BIN)/python -m pytest -n auto --full-grid tests/test_masked_conv_kernels.py \
-		tests/test_mint_layer_kernels.py tests/test_inversion_kernels.py
-
-compile-oldest: .venv/ready ## the kernels, with the oldest Triton that they are for
+test-all: .venv/ready ## every case and every GPU, with the oldest Triton, too: hours without a GPU
+	$(BIN)/python -m pytest -n auto --dist worksteal --full
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
 		--target .venv/triton-oldest triton==3.6.0
-	PYTHONPATH=$(CURDIR)/.venv/triton-oldest $(BIN)/python -m pytest -n auto tests/test_compile.py
+	PYTHONPATH=$(CURDIR)/.venv/triton-oldest $(BIN)/python -m pytest -n auto --full tests/test_compile.py
 
 lint: .venv/ready ## style and types
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ CPU, and where they would launch a kernel, it is compiled as that launch would h
 a process of its own, without Triton's interpreter:
 
     python -m tests.compiled --arch sm_90 --operand half    # to standard output, or --out FILE
+    python -m tests.compiled --arch sm_90 --operand half --brief    # the kernels that matter most
     python -m tests.compiled --write                        # all of them, to tests/data
 """
 
@@ -88,6 +89,14 @@ GENERIC = Case(3, 85, 32, kernels="middle|weight_gradient", inverse=False)
 #: where every integer is 1, which Triton compiles into the kernel
 DEGENERATE = Case(1, 1, 1, batch=1)
 
+#: in brief, of the first scale: every kernel once, with the operands that ask most of it
+BRIEF = {
+    "half": "middle_kernel of 85|hidden_gradient_kernel of 85|weight_gradient|output",
+    "tf32": "middle_kernel of 85|weight_gradient",
+    "ieee": "masked_conv_kernel of 1|update|wavefront",
+    "float64": "weight_gradient|update",
+}
+
 
 class Driver:
     """What a launch asks of a GPU's driver, for a GPU that is not there."""
@@ -105,14 +114,16 @@ class Driver:
         return 0
 
 
-def compile_all(arch: str, operand: str) -> list[Record]:
-    """Compile the kernels of every case with an architecture's tables."""
+def compile_all(arch: str, operand: str, brief: bool = False) -> list[Record]:
+    """Compile the kernels of every case, or in brief, with an architecture's tables."""
     triton.runtime.driver.set_active(Driver(TARGETS[arch]))
     torch.set_float32_matmul_precision("high" if operand == "tf32" else "highest")
     records: list[Record] = []
     done: set[Any] = set()
     cases: tuple[Case, ...] = CASES
-    if arch == "generic":
+    if brief:
+        cases = (Case(*CIFAR10[0], kernels=BRIEF[operand]),)
+    elif arch == "generic":
         cases = (GENERIC,)
     elif arch == "sm_90":
         more = {"half": (MIRRORED,), "ieee": (DEGENERATE,)}
@@ -125,7 +136,7 @@ def compile_all(arch: str, operand: str) -> list[Record]:
         def launch(*arguments: Any, **constants: Any) -> None:
             values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
             record = describe(kernel, case, values)
-            if not re.match(case.kernels, f"{record['kernel']} of {record['units_in']}"):
+            if not re.match(case.kernels, name(record)):
                 return
             # Scales share tiles; what differs beside makes no other code, or next to none.
             ignored = {"SLOTS", "TILE", "OPERAND"}
@@ -181,6 +192,17 @@ def describe(kernel: Any, case: Case, values: dict[str, Any]) -> Record:
         "warps": values["num_warps"],
         "stages": values["num_stages"],
     }
+
+
+def name(record: Record) -> str:
+    """Of a kernel, with the input channels of a colour."""
+    return f"{record['kernel']} of {record['units_in']}"
+
+
+def in_brief(record: Record) -> bool:
+    """Whether a record is one of those that are made in brief."""
+    of_first_scale = record["layer"][:3] == list(CIFAR10[0])
+    return of_first_scale and bool(re.match(BRIEF[record["operand"]], name(record)))
 
 
 def measure(compiled: Any) -> Record:
@@ -263,7 +285,7 @@ def count(found: Any) -> dict[str, int]:
     return {str(key): times for key, times in sorted(Counter(found).items())}
 
 
-def compile_elsewhere(arch: str, operand: str) -> list[Record]:
+def compile_elsewhere(arch: str, operand: str, brief: bool = False) -> list[Record]:
     """:func:`compile_all` in a process without the interpreter.
 
     Raises:
@@ -271,9 +293,9 @@ def compile_elsewhere(arch: str, operand: str) -> list[Record]:
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["MINTNET_TRITON_CACHE"] = os.devnull  # the tables alone, no tiles tuned here
-    module = ["-W", "error", "-m", "tests.compiled"]
+    command = ["-m", "tests.compiled", "--arch", arch, "--operand", operand]
     result = subprocess.run(
-        [sys.executable, *module, "--arch", arch, "--operand", operand],
+        [sys.executable, "-W", "error", *command, *(["--brief"] if brief else [])],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if result.returncode:
@@ -292,6 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", choices=TARGETS)
     parser.add_argument("--operand", choices=_configs.OPERANDS)
+    parser.add_argument("--brief", action="store_true", help="the kernels that matter most")
     parser.add_argument("--out", type=Path, help="a file for the records of one of each")
     parser.add_argument("--write", action="store_true", help="write the report of all anew")
     options = parser.parse_args()
@@ -302,7 +325,7 @@ def main() -> None:
             )
             REPORT.write_text(report([record for part in parts for record in part]))
     elif options.arch and options.operand:
-        text = json.dumps(compile_all(options.arch, options.operand))
+        text = json.dumps(compile_all(options.arch, options.operand, options.brief))
         if options.out:
             options.out.write_text(text)
         else:

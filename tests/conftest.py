@@ -20,10 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full-grid", action="store_true", help="every case of the kernels' grids, not pairs alone"
-    )
-    parser.addoption(
-        "--kills", type=int, default=2, help="how often a run is killed before it may end"
+        "--full", action="store_true", help="tests marked full, too, and every case of the grids"
     )
 
 
@@ -31,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if find_spec("triton"):
         from tests import grid  # not before the interpreter is chosen
 
-        grid.FULL = bool(config.getoption("full_grid"))
+        grid.FULL = bool(config.getoption("full"))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +46,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("full"):
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     for item in items:
         if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):

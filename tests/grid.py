@@ -15,7 +15,7 @@ from mintnet_triton.kernels import _launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-#: whether grids run in full (``pytest --full-grid``) or in a pairwise subset
+#: whether grids run in full (``pytest --full``) or in a pairwise subset
 FULL = False
 
 Case = dict[str, Any]

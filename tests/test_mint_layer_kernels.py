@@ -132,19 +132,24 @@ def test_layer_and_its_gradients(case: grid.Case, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("colours", "units", "size", "numbers"),
+    ("colours", "units", "kernels", "size", "numbers"),
     [
-        (2, 2, (9, 11), "float64"),  # several tiles to an image, some across two
-        (2, 2, (9, 11), "tf32"),
-        (70, 1, (1, 2), "float32"),  # several tiles of colours
-        (40, 1, (1, 2), "float16"),
-        (3, 85, (1, 2), "float16"),  # of hidden units
+        (2, 2, 3, (9, 11), "float64"),  # several tiles to an image, some across two
+        (2, 2, 3, (9, 11), "tf32"),
+        (70, 1, (3, 1, 1), (1, 2), "float32"),  # several tiles of colours
+        (40, 1, (1, 3, 1), (1, 2), "float16"),
+        (3, 85, (1, 1, 3), (1, 2), "float16"),  # of hidden units
     ],
 )
 def test_several_tiles(
-    colours: int, units: int, size: Any, numbers: str, monkeypatch: pytest.MonkeyPatch
+    colours: int,
+    units: int,
+    kernels: Any,
+    size: Any,
+    numbers: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layer = random_layer(colours, units, ("channel", "upper"), size=size, numbers=numbers)
+    layer = random_layer(colours, units, ("channel", "upper"), kernels, size=size, numbers=numbers)
     x = random(2, colours, *size, numbers=numbers)
     upstream = random_upstream(x)
     with grid.guarded(monkeypatch), grid.precision_of(numbers):
@@ -162,9 +167,13 @@ def test_bfloat16(activation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("colours", "units", "numbers"), [(2, 5, "float64"), (3, 16, "tf32"), (3, 5, "float16")]
+    ("colours", "units", "numbers", "ordering"),
+    [
+        (2, 5, "float64", ORDERINGS[0]),
+        (3, 16, "tf32", ORDERINGS[3]),
+        (3, 5, "float16", ORDERINGS[0]),
+    ],
 )
-@pytest.mark.parametrize("ordering", ORDERINGS[::3])
 def test_runs_are_equal_to_the_bit(colours: int, units: int, numbers: str, ordering: Any) -> None:
     """Two runs, and one that computes the hidden layers again."""
     layer = random_layer(colours, units, ordering, (3, 1, 3), numbers=numbers)
@@ -404,7 +413,9 @@ def results(module: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["layer", "recompute", "network"])
+@pytest.mark.parametrize(
+    "kind", ["layer", "network", pytest.param("recompute", marks=pytest.mark.full)]
+)
 def test_compiled_equals_eager(kind: str) -> None:
     module: torch.nn.Module = flow(0) if kind == "network" else random_layer(2, 3, size=(2, 3))
     if isinstance(module, mint.MintLayer):
@@ -418,10 +429,15 @@ def test_compiled_equals_eager(kind: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", NAMES)
-@pytest.mark.parametrize("name", ["conv1.weight", "conv1.bias", "conv2.bias", "conv3.bias", "t"])
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        *((name, "elu") for name in ("conv1.weight", "conv2.bias", "conv3.bias", "t")),
+        *(("conv1.bias", activation) for activation in NAMES),
+    ],
+)
 def test_nan_is_not_lost(name: str, activation: str) -> None:
-    layer = random_layer(1, 2, activation=activation)
+    layer = random_layer(1, 2, kernels=(1, 3, 1), activation=activation)
     with torch.no_grad():
         dict(layer.named_parameters())[name].view(-1)[0] = float("nan")
     x = random(2, 1, 3, 4)
@@ -431,7 +447,7 @@ def test_nan_is_not_lost(name: str, activation: str) -> None:
     for one in ("y", "diagonal", "log_det") if name == "t" else expected:
         assert not bool((expected[one].isnan() & ~computed[one].isnan()).any()), one
     with mint.use_backend("triton"):
-        result = mint.invert(layer, x, mint.FixedPoint(iterations=3))
+        result = mint.invert(layer, x, mint.FixedPoint(iterations=1))
     assert not bool(result.converged.any())
 
 

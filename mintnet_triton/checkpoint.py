@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +16,20 @@ from mintnet_triton.flow import MintNet, squeeze_positions
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintLayer
 from mintnet_triton.ordering import Order, Ordering, Triangle
+from mintnet_triton.untold import untold
 
 _LAYER_TENSORS = ("weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "t")
 _MASKS = tuple(f"{kind}{i}" for kind in ("mask", "center_mask") for i in (1, 2, 3))
 _TRIANGLES: tuple[Triangle, Triangle] = ("lower", "upper")
-_CLASSES = {"MintNet": MintNet, "MintClassifier": MintClassifier}
+_CLASSES: dict[str, type[MintNet] | type[MintClassifier]] = {
+    "MintNet": MintNet,
+    "MintClassifier": MintClassifier,
+}
 _METADATA_KEY = "mintnet_triton"
 
 
 class CheckpointError(ValueError):
-    """A file is not a checkpoint of the expected kind, or is damaged."""
+    """A file is damaged or not of the expected kind, or cannot hold what a network has become."""
 
 
 def layer_from_authors(
@@ -132,41 +137,56 @@ def load_authors_checkpoint(
 def save(model: MintNet | MintClassifier, path: str | os.PathLike[str]) -> None:
     """Write a network to a safetensors file: its state dict and its constructor's arguments.
 
-    The file appears whole or not at all. Needs the package ``safetensors``.
+    What :func:`load` would not read back as the same function is refused before anything is
+    written. Modes, hooks, ``requires_grad`` and what is compiled are not kept. The file appears
+    whole or not at all. Needs the package ``safetensors``.
 
     Raises:
         TypeError: another kind of model, or one with an activation that has no name.
+        CheckpointError: names the module or the tensor that the constructor's arguments and a state
+            dict do not tell all of: replaced, parametrised, pruned, tied, divided among processes.
         OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if type(model).__name__ not in _CLASSES:
+    if type(model) not in _CLASSES.values():
         raise TypeError(f"model must be one of {sorted(_CLASSES)}, got {type(model).__name__}")
     if not isinstance(model.arguments["activation"], str):
         raise TypeError("a network whose activation was given as an Activation cannot be saved")
-    description = {"class": type(model).__name__, "arguments": model.arguments}
-    partial = Path(f"{os.fspath(path)}.partial")
+    description = json.dumps({"class": type(model).__name__, "arguments": model.arguments})
+    if difference := untold(model, _described(description)):
+        raise CheckpointError(f"the {type(model).__name__} would not be read back: {difference}")
+    path = Path(os.fsdecode(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be that of a file, got the folder {path}")
+    partial = path.with_name(f"{path.name}.partial")
     try:
         save_file(
             {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
             partial,
-            metadata={_METADATA_KEY: json.dumps(description)},
+            metadata={_METADATA_KEY: description},
         )
+        partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"cannot write {partial}: {error}") from error
-    partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> MintNet | MintClassifier:
     """Read a network that :func:`save` wrote, on the CPU.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: no such file.
         CheckpointError: the file is damaged or not ours.
     """
     from safetensors import SafetensorError, safe_open
 
+    path = Path(os.fsdecode(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be that of a file, got the folder {path}")
     try:
         with safe_open(path, framework="pt") as file:
             description = (file.metadata() or {}).get(_METADATA_KEY)
@@ -175,14 +195,19 @@ def load(path: str | os.PathLike[str]) -> MintNet | MintClassifier:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
     if description is None:
         raise CheckpointError(f"{path}: a safetensors file, but not of a network of this library")
-    model: MintNet | MintClassifier
     try:
-        parsed = json.loads(description)
-        model = _CLASSES[parsed["class"]](**parsed["arguments"])
-    except (KeyError, TypeError, ValueError) as error:
+        model = _described(description)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not describe a network: {error!r}") from error
     _load_strictly(model, state, path, assign=True)  # with the dtypes of the file
     return model
+
+
+def _described(description: str) -> MintNet | MintClassifier:
+    """The network on the meta device, which takes neither memory nor random numbers."""
+    parsed = json.loads(description)
+    with torch.device("meta"):
+        return _CLASSES[parsed["class"]](**parsed["arguments"])
 
 
 def _read_authors_list(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -336,6 +361,13 @@ def _load_strictly(
     path: object = "state",
     assign: bool = False,
 ) -> None:
+    own = {} if assign else module.state_dict()
+    for name in own.keys() & state.keys():
+        if own[name].dtype != state[name].dtype:
+            raise CheckpointError(
+                f"{path}: {name} must be {own[name].dtype}, as the others are, got "
+                f"{state[name].dtype}"
+            )
     try:
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:

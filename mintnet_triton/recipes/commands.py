@@ -26,7 +26,7 @@ from mintnet_triton.recipes.evaluation import (
 from mintnet_triton.recipes.objectives import Density, Objective, make_objective
 from mintnet_triton.recipes.processes import Processes, joined
 from mintnet_triton.recipes.recipe import Experiment, read_experiment
-from mintnet_triton.recipes.runs import RunFolder
+from mintnet_triton.recipes.runs import RunError, RunFolder
 from mintnet_triton.recipes.training import TrainingResult, train
 
 ALPHAS = [1.0, 0.5, 1 / 3.5]  # the last is the paper's for MNIST
@@ -125,9 +125,13 @@ def load_run(folder: Path, checkpoint: str = "last", device: str = "cpu") -> Run
     """
     run = RunFolder(folder)
     description, state = run.description(), run.load(checkpoint)
-    values = dict(description["objective"])
-    task = values.pop("task")
-    model = _MODELS[task](**description["model"])
+    try:
+        values = dict(description["objective"])
+        task, data = values.pop("task"), description["data"]["name"]
+        model = _MODELS[task](**description["model"])
+        objective = make_objective(task, values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder / 'run.json'} does not describe a run: {error!r}") from error
     weights = state["model"]
     if "average" in state:
         prefix = "module."
@@ -136,8 +140,8 @@ def load_run(folder: Path, checkpoint: str = "last", device: str = "cpu") -> Run
             for name, value in state["average"].items()
             if name.startswith(prefix)
         }
-    model.load_state_dict(weights)
-    objective, data = make_objective(task, values), description["data"]["name"]
+    with run.fitting(checkpoint):
+        model.load_state_dict(weights)
     return Run(model.to(device).eval(), objective, data, state["step"])
 
 

@@ -125,12 +125,17 @@ class RunFolder:
         """What :meth:`start` was given.
 
         Raises:
-            RunError: the folder holds no run.
+            RunError: the folder holds no run, or its description is damaged.
         """
         path = self.path / "run.json"
         if not path.is_file():
             raise RunError(f"{self.path} holds no run: there is no {path.name}")
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            description = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}") from error
+        if not isinstance(description, dict) or not description:
+            raise RunError(f"{path} does not describe a run")
         return description
 
     def check_same(self, description: Mapping[str, Any]) -> None:
@@ -185,14 +190,32 @@ class RunFolder:
         return path
 
     def load(self, which: str = "last") -> dict[str, Any]:
-        """A checkpoint, on the CPU.
+        """A checkpoint, on the CPU; :meth:`path_of` tells which file.
 
         Args:
             which: "last", "best", or the name of a checkpoint in the folder.
 
         Raises:
             RunError: there is none.
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, or no checkpoint of a run.
+        """
+        path = self.path_of(which)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what damaged bytes make the reader raise has no common type
+            raise CheckpointError(
+                f"{path}: not a whole checkpoint ({type(error).__name__}); remove it to resume "
+                "from the one before"
+            ) from error
+        if not isinstance(state, dict) or not {"step", "model"} <= state.keys():
+            raise CheckpointError(f"{path}: not a checkpoint of a run")
+        return state
+
+    def path_of(self, which: str) -> Path:
+        """Where the checkpoint is that :meth:`load` reads.
+
+        Raises:
+            RunError: there is none.
         """
         checkpoints = self.checkpoints()
         path = checkpoints[-1] if which == "last" and checkpoints else self.path / which
@@ -202,14 +225,21 @@ class RunFolder:
                 f"{self.path} has no checkpoint {which!r}, only "
                 f"{[checkpoint.name for checkpoint in checkpoints]}"
             )
+        return path
+
+    @contextmanager
+    def fitting(self, which: str = "last") -> Iterator[None]:
+        """Within the block, a checkpoint is put into what it was made for.
+
+        Raises:
+            CheckpointError: something is missing in it, or does not fit.
+        """
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # what damaged bytes make the reader raise has no common type
+            yield
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: not a whole checkpoint ({type(error).__name__}); remove it to resume "
-                "from the one before"
+                f"{self.path_of(which)}: does not fit the run: {error!r}"
             ) from error
-        return state
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row, with the number of the "step".

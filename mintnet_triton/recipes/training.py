@@ -262,7 +262,9 @@ class _Loop:
         """Take up the last checkpoint, or make the first."""
         if self.processes.by_the_first(lambda: resume and bool(self.folder.checkpoints())):
             self.folder.check_same(self.description)
-            self.state.load_state_dict(self.folder.load())
+            state = self.folder.load()
+            with self.folder.fitting():
+                self.state.load_state_dict(state)
             self.processes.by_the_first(lambda: self.folder.cut_log(self.state.step))
         else:
             self.processes.by_the_first(

@@ -543,8 +543,7 @@ def activation_of_the_same_name(model: Any) -> None:
 
 
 def another_mask(model: Any) -> None:
-    conv = child(model, "layers.0.1").conv1
-    conv.mask = torch.ones_like(conv.mask)
+    child(model, "layers.0.1").conv1.mask.fill_(True)
 
 
 def another_order(model: Any) -> None:

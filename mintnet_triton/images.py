@@ -68,8 +68,9 @@ class ImagePreprocess(nn.Module):
         Args:
             images: (B, C, H, W) of any integer dtype or bool, values 0 to levels - 1.
             generator: source of the noise; the default one of the device if None.
-            dtype: of the logits; the default dtype if None. Before the last rounding all is
-                computed in float64 for more than 256 levels.
+            dtype: of the logits; the default dtype if None. For more than 256 levels all is
+                computed in float64 and rounded once, which can bring v across the edge of its
+                level: give float64 if :meth:`to_images` has to return the very images.
 
         Returns:
             x (B, C, H, W), and the log-determinant (B,) of v -> x.

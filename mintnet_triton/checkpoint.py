@@ -83,7 +83,7 @@ def load_authors_checkpoint(
         FileNotFoundError: no such file.
         CheckpointError: the file is damaged, not theirs, or contradicts ``order`` or ``ema``.
     """
-    network, averages = _read_authors_list(Path(path))
+    network, averages = _read_authors_list(Path(os.fsdecode(path)))
     if ema is True and averages is None:
         raise CheckpointError(f"{path}: ema=True, but the file holds no moving averages")
     if ema is not False and averages is not None:

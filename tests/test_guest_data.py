@@ -38,6 +38,7 @@ from mintnet_triton.recipes.data import (
     ImageStream,
     load_images,
 )
+from mintnet_triton.recipes.evaluation import evaluate
 from mintnet_triton.recipes.objectives import Classification, Density
 from mintnet_triton.recipes.pixels import read_pixels
 from mintnet_triton.recipes.recipe import Recipe
@@ -310,6 +311,9 @@ def test_labels_in_memory_are_seen_before_training(
     with pytest.raises(error, match=message):
         train(model, data, Classification(17), Recipe(steps=1), tmp_path / "run", {})
     assert not (tmp_path / "run").exists()
+    if error is ValueError:
+        with pytest.raises(ValueError, match=r"labels must be from 0 to 2, got (-1|3)"):
+            evaluate(model, split, Classification(17))
 
 
 # --- integers and numbers ------------------------------------------------------------------------
@@ -787,6 +791,8 @@ def test_paths(tmp_path: Path) -> None:
     for path in (Somewhere(), os.fsencode(tmp_path / "bytes"), str(tmp_path / "text")):
         mint.save(flow(), path)
         assert isinstance(mint.load(path), mint.MintNet)
+        with pytest.raises(mint.CheckpointError, match="not a whole PyTorch checkpoint"):
+            mint.load_authors_checkpoint(path)
     assert len(list(tmp_path.iterdir())) == 3
     for function in functions:
         with pytest.raises(IsADirectoryError, match="path must be that of a file, got the folder"):

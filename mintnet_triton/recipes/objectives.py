@@ -93,7 +93,17 @@ class Classification:
         return (images.float() / (self.levels - 1) - mean) / std
 
     def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
+        """Cross entropy and accuracy.
+
+        Raises:
+            ValueError: a label of no class (on a CPU; on a GPU it would wait for the device).
+        """
         log_probs = model(inputs.to(next(model.parameters()).dtype))
+        wrong = (labels < 0) | (labels >= log_probs.shape[1])
+        if labels.device.type == "cpu" and bool(wrong.any()):
+            raise ValueError(
+                f"labels must be from 0 to {log_probs.shape[1] - 1}, got {int(labels[wrong][0])}"
+            )
         loss = F.nll_loss(log_probs, labels, reduction="none")
         return Scores(loss, (log_probs.argmax(1) == labels).float())
 

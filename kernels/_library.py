@@ -61,15 +61,20 @@ def only_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[A
     """A backward pass whose gradients raise where they are differentiated again.
 
     torch's ``once_differentiable`` lets them pass for constants if the upstream gradient is one.
+
+    Args:
+        backward: gets the saved tensors after the context: what unpacks them may do so only once,
+            as activation checkpointing does.
     """
 
     @wraps(backward)
     def wrapper(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = backward(ctx, *upstream)
+            gradients = backward(ctx, saved, *upstream)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return gradients
-        tensors = [one for one in (*ctx.saved_tensors, *upstream) if isinstance(one, Tensor)]
+        tensors = [one for one in (*saved, *upstream) if isinstance(one, Tensor)]
         once: Any = _OnlyOnce.apply
         return tuple(None if one is None else once(one, *tensors) for one in gradients)
 

@@ -543,8 +543,10 @@ class _MaskedConv(torch.autograd.Function):
 
     @staticmethod
     @only_once
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight = saved
         colours, order, triangle = ctx.structure
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:

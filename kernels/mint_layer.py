@@ -706,15 +706,19 @@ class _MintLayer(torch.autograd.Function):
     @staticmethod
     @only_once
     def backward(
-        ctx: Any, by_y: Tensor, by_diagonal: Tensor, by_log_det: Tensor
+        ctx: Any,
+        saved: tuple[Tensor, ...],
+        by_y: Tensor,
+        by_diagonal: Tensor,
+        by_log_det: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        x, *parts = ctx.saved_tensors[:9]
+        x, parts, kept = saved[0], saved[1:9], saved[9:]
         weight1, bias1, weight2, _, weight3, _, centres, t = parts
         if ctx.recompute:
             packed = pack_parts(*parts, dtype=ctx.dtype)
             _, diagonal, _, h1, h2 = layer_op(x, *packed, *ctx.structure)
         else:
-            diagonal, h1, h2 = ctx.saved_tensors[9:]
+            diagonal, h1, h2 = kept
         # log_det is the sum of the diagonal's logarithms.
         by_diagonal = by_diagonal + by_log_det.view(-1, 1, 1, 1) / diagonal
         by_x, by_a1, by_a2 = backward_op(

@@ -140,6 +140,15 @@ def test_a_palettes_colours_are_looked_up() -> None:
         assert np.array_equal(read_pixels(content, 3), truth.transpose(2, 0, 1))
 
 
+def test_16_bits_of_all_channels_together_are_not_wide() -> None:
+    """A BMP of 5, 6 and 5 bits."""
+    header = struct.pack("<2sIHHI", b"BM", 70, 0, 0, 66)
+    header += struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    header += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    pixels = read_pixels(header + struct.pack("<HH", 0xF800, 0x1F), 3)
+    assert pixels.tolist() == [[[255, 0]], [[0, 0]], [[0, 255]]]  # red, then blue
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -178,6 +187,11 @@ def test_part_of_a_file_is_refused(form: str, keep: float) -> None:
     content = encoded(RGB, form)
     with pytest.raises(ValueError, match="not a whole image file"):
         read_pixels(content[: keep if isinstance(keep, int) else int(keep * len(content))], 3)
+
+
+def test_a_png_that_lacks_its_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a whole image file"):
+        read_pixels(encoded(RGB)[:-12], 3)
 
 
 def test_a_flipped_bit_is_refused() -> None:
@@ -368,6 +382,18 @@ def test_bits_per_dim_of_16_bits_are_those_of_int64() -> None:
     assert torch.equal(inputs.floor().long(), images)
     scores = objective.scores(flow, inputs, torch.zeros(3))
     torch.testing.assert_close(scores.loss, bits[0], rtol=0, atol=0.5)  # another draw of the noise
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [256, 2**16, 2**30])
+def test_logits_of_any_dtype_become_images_by_the_formula(dtype: torch.dtype, levels: int) -> None:
+    x = torch.linspace(-2.9, 2.9, 999).to(dtype).view(1, 1, 27, 37)
+    p = 1 / (1 + np.exp(-x.double().numpy()))
+    truth = np.floor((p - 0.05) / 0.9 * levels)
+    # Where float64 itself is in doubt, by rounding at the edge of a level.
+    error = np.abs(mint.ImagePreprocess(levels).to_images(x).numpy() - truth)
+    assert error.max() <= 1
+    assert (error > 0).mean() < 0.01
 
 
 def test_where_there_is_no_room_for_noise() -> None:

@@ -71,17 +71,10 @@ def test_the_command_makes_runs_in_processes_of_one_thread(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "classify.json"
-    arguments = ["classify", "--minutes", "1e-9", "--seeds", "0", "1", "--rates", "1e-3", "3e-3"]
+    arguments = ["classify", "--minutes", "1e-9", "--seeds", "0", "--rates", "1e-3"]
     tables.main([*arguments, "--processes", "2", "--out", str(path)])
     runs = json.loads(path.read_text())["runs"]
-    assert sorted((made["model"], made["seed"]) for made in runs) == [
-        ("mint", 0),
-        ("mint", 0),
-        ("mint", 1),
-        ("resnet", 0),
-        ("resnet", 0),
-        ("resnet", 1),
-    ]
+    assert sorted((made["model"], made["seed"]) for made in runs) == [("mint", 0), ("resnet", 0)]
     for made in runs:
         assert made["steps"] == 1
         assert 0 <= made["accuracy"] < 0.5

@@ -173,8 +173,15 @@ def test_a_linear_layer_and_its_transpose_are_solved(
         grid.assert_near("diagonal", solved.diagonal, expected.diagonal, tolerance)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "elu", "leaky_relu"])
-@pytest.mark.parametrize(("value", "slope"), [(1.0, 1e-3), (30.0, 1e-9), (1e4, 1.0), (1e4, 1e-12)])
+@pytest.mark.parametrize(
+    ("value", "slope", "activation"),
+    [
+        (1.0, 1e-3, "sigmoid"),
+        (30.0, 1e-9, "elu"),
+        (1e4, 1.0, "leaky_relu"),
+        (1e4, 1e-12, "tanh"),
+    ],
+)
 def test_steep_steps_on_a_flat_floor_are_solved(
     value: float, slope: float, activation: str
 ) -> None:
@@ -282,8 +289,8 @@ def test_fronts_are_compiled_once() -> None:
 
 
 def test_an_inversion_and_its_gradients_run_in_kernels() -> None:
-    layer = random_layer(2, 5)
-    z = random(2, 2, 3, 4)
+    layer = random_layer(2, 5, kernels=(1, 3, 1), size=(2, 3))
+    z = random(2, 2, 2, 3)
     results = []
     for backend in ("torch", "triton"):
         with mint.use_backend(backend):

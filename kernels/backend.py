@@ -1,14 +1,20 @@
 """Which implementation computes the operations of this package."""
 
 import importlib.util
+import logging
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mintnet_triton.kernels.activation import Activation, is_known
+
+_LOG = logging.getLogger("mintnet_triton")
 
 _NAMES = ("auto", "torch", "triton")
 _choice = "auto"
@@ -95,7 +101,61 @@ def use_numba(x: Tensor, hidden: object, dtype: torch.dtype) -> bool:
     """
     known = not isinstance(hidden, Activation) or is_known(hidden)
     suits = x.device.type == "cpu" and x.dtype == dtype and known
-    return suits and NUMBA_INSTALLED and _choice != "torch"
+    return suits and _choice != "torch" and numba_compiles()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def numba_compiles() -> bool:
+    """Whether numba is installed, works, and has not been told (NUMBA_DISABLE_JIT) to do nothing.
+
+    Asked at the first call that could use it, for numba takes time to import.
+    """
+    return _numba_compiles()
+
+
+@cache  # apart, for torch.compile warns of what is both cached and called by it
+def _numba_compiles() -> bool:
+    if not NUMBA_INSTALLED:
+        return False
+    try:
+        import numba
+    except Exception as error:  # of a numpy that is too new, say
+        warnings.warn(
+            f"numba is installed, but cannot be imported ({type(error).__name__}: {error}): "
+            "plain PyTorch computes what numba would have compiled, only slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    settings: Any = numba.config
+    return not settings.DISABLE_JIT
+
+
+_listeners: list[Callable[[], None]] = []
+
+
+@cache  # once for each module
+def tell_of_compiling(module: str, folder: str | None) -> None:
+    """Say that a module's functions will now be compiled, in the log and to all that listen.
+
+    Args:
+        module: its full name.
+        folder: where the result will be kept; None if it cannot be.
+    """
+    kept = f"once: the result is kept in {folder}" if folder else "in every process anew"
+    _LOG.info("numba compiles %s for this processor, which takes some seconds, %s", module, kept)
+    for listener in _listeners:
+        listener()
+
+
+@contextmanager
+def compiling_heard(listener: Callable[[], None]) -> Iterator[None]:
+    """Within the block, the listener is called whenever something is about to be compiled."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def use_numba_layer(x: Tensor, activation: Activation) -> bool:

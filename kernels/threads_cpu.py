@@ -2,7 +2,8 @@
 
 Threads of our own would have to compete with torch's, which wait actively for some milliseconds
 after every operation. They are OpenMP's, so OpenMP is asked for them, in the library that torch
-itself has loaded; where that cannot be had, there are threads of our own.
+itself has loaded; where that cannot be had, or in a process that was forked, there are threads of
+our own.
 """
 
 import ctypes
@@ -39,8 +40,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "mintnet-triton")
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork, and OpenMP waits for its own forever."""
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def share(parts: Iterable[Part], work: Callable[[Part], None]) -> None:
@@ -58,7 +69,7 @@ def share(parts: Iterable[Part], work: Callable[[Part], None]) -> None:
 
     if threads < 2:
         member()
-    elif parallel := _openmp():
+    elif not _forked and (parallel := _openmp()):
         parallel(member, threads)
     else:
         for _ in _pool(threads).map(member, itertools.repeat(None, threads)):

@@ -132,7 +132,8 @@ def called_through_pointer(arguments: int) -> Decorator:
     signature = types.void(*[types.int64] * arguments)
 
     def compile_(function: Callable[..., Any]) -> Any:
-        callback: Any = CFunc(function, (signature.args, signature.return_type), locals={}, options={})
+        kinds = (signature.args, signature.return_type)
+        callback: Any = CFunc(function, kinds, locals={}, options={})
         callback._cache = _cache_of(function)
         callback.compile()
         return callback

@@ -1,5 +1,6 @@
 """Input checks of all modules: an error names the argument, what came, what is expected."""
 
+import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
@@ -30,17 +31,17 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    wanted = "(batch, " + ", ".join("any" if size is None else str(size) for size in shape) + ")"
-    if x.ndim != len(shape) + 1:
+    got = x.shape
+    if len(got) != len(shape) + 1:
         raise ValueError(
-            f"{name} must have {len(shape) + 1} dimensions, shape {wanted}, "
-            f"got {x.ndim}, shape {tuple(x.shape)}"
+            f"{name} must have {len(shape) + 1} dimensions, shape {_wanted(shape)}, "
+            f"got {x.ndim}, shape {tuple(got)}"
         )
     for dimension, size in enumerate(shape, start=1):
-        if size is not None and x.shape[dimension] != size:
+        if size is not None and got[dimension] != size:
             raise ValueError(
-                f"{name} must have shape {wanted}, got {tuple(x.shape)}: "
-                f"dimension {dimension} is {x.shape[dimension]}, expected {size}"
+                f"{name} must have shape {_wanted(shape)}, got {tuple(got)}: "
+                f"dimension {dimension} is {got[dimension]}, expected {size}"
             )
     if not x.dtype.is_floating_point:
         raise TypeError(
@@ -50,20 +51,27 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor
     if like is not None:
         if x.device != like.device:
             raise ValueError(f"{name} is on {x.device}, the module's parameters on {like.device}")
-        # Autocast casts between the others, but never from or to float64.
-        place = x.device.type
-        cast = (
-            torch.amp.is_autocast_available(place)
-            and torch.is_autocast_enabled(place)
-            and torch.float64 not in (x.dtype, like.dtype)
-        )
-        if x.dtype != like.dtype and not cast:
+        if x.dtype != like.dtype and not _autocast_takes(x, like):
             raise TypeError(
                 f"{name} is {x.dtype}, the module's parameters are {like.dtype}; take one to the "
                 "other with .to(dtype)"
             )
     if x.device.type == "cpu":
         check_finite(name, x)
+
+
+def _wanted(shape: Sequence[int | None]) -> str:
+    return "(batch, " + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+
+
+def _autocast_takes(x: Tensor, like: Tensor) -> bool:
+    """Whether autocast casts between the dtypes of both: never from or to float64."""
+    place = x.device.type
+    return (
+        torch.amp.is_autocast_available(place)
+        and torch.is_autocast_enabled(place)
+        and torch.float64 not in (x.dtype, like.dtype)
+    )
 
 
 def is_traced() -> bool:
@@ -81,6 +89,10 @@ def check_finite(name: str, x: Tensor) -> None:
         NonFiniteError: with the number of such values and the index of the first.
     """
     if is_traced():
+        return
+    # A sum is finite only if all that it adds up is, and takes one pass; it may itself overflow.
+    total = x.sum(dtype=torch.float32) if x.dtype is torch.float16 else x.sum()
+    if math.isfinite(total.item()):
         return
     bad = ~torch.isfinite(x.detach())
     if bool(bad.any()):

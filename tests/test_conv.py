@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mintnet_triton import MaskedConv2d, Ordering
+from mintnet_triton.checks import NonFiniteError, check_finite
+from mintnet_triton.kernels import reference
 from mintnet_triton.ordering import Order, Triangle
 
 
@@ -47,6 +49,14 @@ def _visible(conv: MaskedConv2d, shape: tuple[int, int, int]) -> int:
     return int(seen.sum()) * 2 * 3
 
 
+@pytest.fixture
+def blocks_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there are some in the smallest convolutions."""
+    for name, value in {"VECTOR": 1, "COPY": 0, "START": 0}.items():
+        monkeypatch.setattr(reference, name, value)
+
+
+@pytest.mark.usefixtures("blocks_cost_nothing")
 @pytest.mark.parametrize("colours", [2, 3, 4, 5, 7, 12])
 @pytest.mark.parametrize("triangle", ["lower", "upper"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -90,13 +100,41 @@ def test_bad_arguments() -> None:
     assert "colours=1, triangle='lower'" in repr(conv)
 
 
+def share_of_dense(conv: MaskedConv2d, x: torch.Tensor) -> float:
+    """Flops of a call, of those of a dense convolution."""
+    with FlopCounterMode(display=False) as flops:
+        conv(x)
+    return flops.get_total_flops() / (2 * conv.weight.numel() * x[:, 0].numel())
+
+
+@pytest.mark.usefixtures("blocks_cost_nothing")
 def test_hidden_colours_are_skipped_not_multiplied_by_zero() -> None:
     for colours, share in ((1, 1.0), (2, 3 / 4), (3, 2 / 3), (4, 5 / 8), (12, 5 / 8)):
         conv = MaskedConv2d(2 * colours, 2 * colours, 3, colours=colours)
-        with FlopCounterMode(display=False) as flops:
-            conv(torch.randn(1, 2 * colours, 5, 5))
-        dense = 2 * (2 * colours) ** 2 * 9 * 25
-        assert flops.get_total_flops() == pytest.approx(share * dense)
+        x = torch.randn(1, 2 * colours, 5, 5)
+        assert share_of_dense(conv, x) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("colours", "inputs", "outputs", "shape", "share"),
+    [
+        (3, 85, 85, (8, 32, 32), 2 / 3),
+        (12, 21, 21, (1, 16, 16), 5 / 8),
+        (48, 5, 5, (8, 8, 8), 2 / 3),
+        (48, 5, 5, (1, 8, 8), 1),  # too few pixels
+        (4, 11, 11, (32, 14, 14), 1),  # too few channels
+        (16, 2, 2, (64, 7, 7), 1),
+        (3, 85, 1, (8, 32, 32), 1),  # few outputs
+        (3, 1, 85, (8, 32, 32), 1),  # few inputs
+        (1, 256, 256, (8, 16, 16), 1),
+    ],
+)
+def test_hidden_colours_are_skipped_where_that_is_faster(
+    colours: int, inputs: int, outputs: int, shape: tuple[int, int, int], share: float
+) -> None:
+    conv = MaskedConv2d(colours * inputs, colours * outputs, 3, colours=colours).to("meta")
+    x = torch.empty(shape[0], colours * inputs, *shape[1:], device="meta")
+    assert share_of_dense(conv, x) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -111,3 +149,13 @@ def test_masks_survive_construction_on_the_meta_device(assign: bool) -> None:
     x = torch.randn(2, 4, 3, 3)
     assert torch.equal(other(x), conv(x))
     assert set(conv.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_finite_is_taken_even_if_its_sum_is_not(dtype: torch.dtype) -> None:
+    x = torch.full((1, 1, 8, 8), torch.finfo(dtype).max, dtype=dtype)
+    check_finite("x", x)
+    x[0, 0, 2, 3], x[0, 0, 7, 7] = torch.inf, -torch.inf
+    with pytest.raises(NonFiniteError, match=r"0 NaN and 2 infinite .* index \(0, 0, 2, 3\)"):
+        check_finite("x", x)
+    check_finite("x", x[:0])

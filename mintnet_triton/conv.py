@@ -1,14 +1,14 @@
 """Masked convolutions: convolutions that respect an order of the variables."""
 
-from collections.abc import Callable
-from typing import Any, Self
-
 import torch
 from torch import Tensor, nn
 
 from mintnet_triton.checks import check_odd, check_positive, check_tensor
 from mintnet_triton.kernels import masked_conv2d
 from mintnet_triton.ordering import Order, Ordering, Triangle
+
+#: elements of a weight up to which each has a mask of its own, which is sooner multiplied
+SMALL = 2**17
 
 
 class MaskedConv2d(nn.Module):
@@ -33,8 +33,6 @@ class MaskedConv2d(nn.Module):
         ValueError, TypeError: an argument outside its range.
     """
 
-    mask: Tensor
-
     def __init__(
         self,
         in_channels: int,
@@ -48,8 +46,10 @@ class MaskedConv2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        check_positive(in_channels=in_channels, out_channels=out_channels, colours=colours)
-        check_odd("kernel_size", kernel_size)
+        in_channels, out_channels, colours = check_positive(
+            in_channels=in_channels, out_channels=out_channels, colours=colours
+        )
+        kernel_size = check_odd("kernel_size", kernel_size)
         for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
             if count % colours:
                 raise ValueError(f"{name} must be a multiple of colours={colours}, got {count}")
@@ -57,37 +57,42 @@ class MaskedConv2d(nn.Module):
         self.strict = strict
         dense = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
         self.weight, self.bias = dense.weight, dense.bias
-        mask = self.ordering.conv_mask(colours, kernel_size, strict=strict)
-        self.register_buffer("mask", mask, persistent=False)  # (C, C, k, k)
-
-    def _renew_mask(self) -> None:
-        """Restore the mask where it is not copied: it is derived, hence no part of a state dict."""
-        if self.weight.device.type != "meta":
-            mask = self.ordering.conv_mask(self.colours, self.weight.shape[-1], strict=self.strict)
-            self.mask = mask.to(self.weight.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self._renew_mask()  # `to_empty` leaves it without values
-        return self
-
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)
-        self._renew_mask()  # `assign=True` may have moved the weight away from the meta device
+        self.colours = colours
+        #: derived, hence no buffer, which people average and load
+        self._seen = self._what_is_seen()
 
     @property
-    def colours(self) -> int:
-        return len(self.mask)
+    def mask(self) -> Tensor:
+        """What an output colour sees, (C, C, k, k), bool: colours out and in, row, column."""
+        size = self.weight.shape[-1]
+        mask = self.ordering.conv_mask(self.colours, size, strict=self.strict)
+        return mask.to(self.weight.device)
+
+    def _what_is_seen(self) -> Tensor:
+        """The mask as zeros and ones to multiply the weight by.
+
+        (out_channels, in_channels, k, k), or a shape that is broadcast to it; where it would be
+        large, (C, 1, in_channels, k, k), for all units of an output colour.
+        """
+        outputs, inputs, *_ = self.weight.shape
+        units = outputs // self.colours
+        seen = self.mask.repeat_interleave(inputs // self.colours, 1).to(self.weight.dtype)
+        if units == 1 or self.colours == 1:
+            return seen
+        if self.weight.numel() <= SMALL:
+            return seen.repeat_interleave(units, 0)
+        return seen.unsqueeze(1)
 
     def masked_weight(self) -> Tensor:
-        """Effective weight (out_channels, in_channels, k, k), a new tensor."""
-        seen = self.mask[:, None, :, None]
-        return torch.where(seen, self._by_colour(self.weight), 0).view_as(self.weight)
-
-    def _by_colour(self, weight: Tensor) -> Tensor:
-        outputs, inputs, height, width = weight.shape
-        blocks = (self.colours, outputs // self.colours, self.colours, inputs // self.colours)
-        return weight.view(*blocks, height, width)
+        """Effective weight (out_channels, in_channels, k, k), a new contiguous tensor."""
+        weight, seen = self.weight, self._seen
+        if seen.dtype is not weight.dtype or seen.device != weight.device:
+            with torch.inference_mode(False):  # it may be needed for gradients later
+                seen = self._seen = self._what_is_seen()
+        if seen.ndim == 5:
+            by_colour = weight.reshape(self.colours, -1, *weight.shape[1:])
+            return (by_colour * seen).reshape(weight.shape).contiguous()
+        return (weight * seen).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W).
@@ -95,9 +100,11 @@ class MaskedConv2d(nn.Module):
         Raises:
             TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
         """
-        check_tensor("x", x, (self.weight.shape[1], None, None), like=self.weight)
-        order, triangle = self.ordering.order, self.ordering.triangle
-        return masked_conv2d(x, self.masked_weight(), self.bias, self.colours, order, triangle)
+        weight, ordering = self.weight, self.ordering
+        check_tensor("x", x, (weight.shape[1], None, None), like=weight)
+        return masked_conv2d(
+            x, self.masked_weight(), self.bias, self.colours, ordering.order, ordering.triangle
+        )
 
     def extra_repr(self) -> str:
         outputs, inputs, size, _ = self.weight.shape

@@ -145,7 +145,7 @@ def test_masks_survive_construction_on_the_meta_device(assign: bool) -> None:
     if not assign:
         other = other.to_empty(device="cpu")
     other.load_state_dict(conv.state_dict(), assign=assign)
-    assert torch.equal(other.mask, conv.mask)
+    assert torch.equal(other.masked_weight(), conv.masked_weight())
     x = torch.randn(2, 4, 3, 3)
     assert torch.equal(other(x), conv(x))
     assert set(conv.state_dict()) == {"weight", "bias"}

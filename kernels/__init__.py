@@ -10,7 +10,14 @@ if __name__ != "mintnet_triton.kernels":
     )
 
 from mintnet_triton.kernels.activation import Activation, find_activation
-from mintnet_triton.kernels.backend import BackendError, full_float32, use_backend, use_triton
+from mintnet_triton.kernels.backend import (
+    BackendError,
+    full_float32,
+    is_exported,
+    is_transformed,
+    use_backend,
+    use_triton,
+)
 from mintnet_triton.kernels.dispatch import (
     FrozenWeights,
     fixed_point,
@@ -22,7 +29,7 @@ from mintnet_triton.kernels.dispatch import (
     mint_wavefront,
 )
 from mintnet_triton.kernels.fronts import Bracket, Wave, steepest_share
-from mintnet_triton.kernels.reference import MintWeights, centres_of, mint_magnitude
+from mintnet_triton.kernels.reference import MintWeights, mint_magnitude, with_centres
 
 __all__ = [
     "Activation",
@@ -31,10 +38,11 @@ __all__ = [
     "FrozenWeights",
     "MintWeights",
     "Wave",
-    "centres_of",
     "find_activation",
     "fixed_point",
     "full_float32",
+    "is_exported",
+    "is_transformed",
     "masked_conv2d",
     "mint_exact_map",
     "mint_forward",
@@ -45,4 +53,5 @@ __all__ = [
     "steepest_share",
     "use_backend",
     "use_triton",
+    "with_centres",
 ]

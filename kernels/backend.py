@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,9 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: ``"auto"``, the default: Triton kernels where they can run; on a CPU, what numba
             compiles, where that is installed (layers in float32, the wavefront); else plain
-            PyTorch;
+            PyTorch. Autocast on a CPU computes in float32 where 16 bits would be slower: where the
+            processor cannot multiply them, and layers that numba compiles also where it has no
+            instruction for matrices of them (AMX, BFMMLA); dtypes of results are the same;
             ``"torch"``, plain PyTorch on any device; or ``"triton"``, whose calls raise
             :class:`BackendError` where the kernels cannot run. They run on a GPU of compute
             capability 8.0 or above (or an AMD one), and on a CPU in Triton's interpreter (with
@@ -77,16 +80,21 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def use_triton(x: Tensor, activation: Activation | None = None) -> bool:
+def use_triton(x: Tensor, activation: Activation | None = None, watched: bool = False) -> bool:
     """Whether a call with this input is to run Triton kernels.
+
+    Args:
+        watched: whether hooks look at convolutions, which have to be computed one by one then.
 
     Raises:
         BackendError: the chosen backend is ``"triton"``, and the kernels cannot run; or they can,
             but ``x`` has more pixels than they can count.
     """
-    if _choice == "torch" or (_choice == "auto" and not x.is_cuda):
+    if _choice == "torch" or is_exported():
         return False
-    obstacle = _obstacle(x, activation)
+    if _choice == "auto" and not x.is_cuda:
+        return False
+    obstacle = "hooks look at its convolutions" if watched else _obstacle(x, activation)
     if obstacle and _choice == "triton":
         raise BackendError(f"the Triton kernels cannot run: {obstacle}; use 'auto' or 'torch'")
     if not obstacle:
@@ -164,15 +172,67 @@ def use_numba_layer(x: Tensor, activation: Activation) -> bool:
     Threads share samples: of fewer than half as many as there are threads, torch makes more.
     """
     return (
-        use_numba(x, activation, torch.float32)
+        not is_exported()
+        and use_numba(x, activation, torch.float32)
         and (torch.compiler.is_compiling() or 2 * len(x) >= torch.get_num_threads())
-        and len(x) > 0
+        and x.shape[0] > 0
         and not torch.is_autocast_enabled("cpu")
-        and not _transformed()
+        and not is_transformed()
     )
 
 
-def _transformed() -> bool:
+def use_float32(x: Tensor, weight: Tensor, activation: Activation | None = None) -> bool:
+    """Whether autocast on a CPU is to be answered in float32, being slower there in 16 bits.
+
+    So it is where the processor does not multiply them itself: emulated products take from 2 to 40
+    times as long as those of float32. Of a Mint layer, which numba compiles in float32, so it is
+    also where 16 bits go through vector units: twice as many products as in float32 are no gain
+    over those that the compiled layer skips (``python -m bench run``: "layer", bfloat16).
+
+    Args:
+        activation: of a Mint layer; None for a convolution alone, which is not compiled.
+    """
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or is_exported():
+        return False
+    if torch.float64 in (x.dtype, weight.dtype):  # which autocast leaves as they are
+        return False
+    dtype = torch.get_autocast_dtype("cpu")
+    if not multiplies(dtype):
+        return True
+    if activation is None or multiplies_matrices(dtype):
+        return False
+    with torch.autocast("cpu", enabled=False):
+        return use_numba_layer(x.float(), activation)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies bfloat16, or float16, and torch lets it."""
+    if dtype == torch.bfloat16:
+        # oneDNN says yes to all that has AVX-512, and converts to float32 where there is no more.
+        converts = platform.machine() in ("x86_64", "AMD64") and not (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not converts
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies_matrices(dtype: torch.dtype) -> bool:
+    """Whether it does so with an instruction for matrices: AMX, or Arm's BFMMLA."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return dtype == torch.bfloat16 and multiplies(dtype)
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_fp16_supported()
+
+
+def is_exported() -> bool:
+    """Whether a graph is traced that is to run where this package is not: in plain PyTorch."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
     """Whether a transform of torch.func, or forward differentiation, is under way."""
     if torch.compiler.is_compiling():
         return False
@@ -200,7 +260,7 @@ def _obstacle(x: Tensor, activation: Activation | None) -> str:
         return "Triton is not installed"
     if activation is not None and not is_known(activation):
         return f"they know no activation but this package's own, and {activation.name!r} is not one"
-    if _transformed():
+    if is_transformed():
         return "they know no transforms of torch.func, nor forward differentiation"
     if x.is_cuda:
         if torch.compiler.is_compiling():  # it cannot look at a device; a launch will

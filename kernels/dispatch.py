@@ -11,12 +11,13 @@ from mintnet_triton.kernels import fronts, products_cpu, reference
 from mintnet_triton.kernels.activation import Activation
 from mintnet_triton.kernels.backend import (
     TRITON_INSTALLED,
+    use_float32,
     use_numba,
     use_numba_layer,
     use_triton,
 )
 from mintnet_triton.kernels.fronts import Slopes, Wave
-from mintnet_triton.kernels.reference import MintWeights, Structure
+from mintnet_triton.kernels.reference import Call, MintWeights, Structure
 
 if TRITON_INSTALLED:
     from mintnet_triton.kernels import inversion as triton_inversion
@@ -32,6 +33,12 @@ def masked_conv2d(
     """Convolution with masked weights; see :func:`.reference.masked_conv2d`."""
     if use_triton(x):
         return triton_conv.masked_conv2d(x, weight, bias, colours, order, triangle)
+    if use_float32(x, weight):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            bias = None if bias is None else bias.float()
+            structure = (colours, order, triangle)
+            return reference.masked_conv2d(x.float(), weight.float(), bias, *structure).to(dtype)
     return reference.masked_conv2d(x, weight, bias, colours, order, triangle)
 
 
@@ -47,6 +54,10 @@ class FrozenWeights:
         self._packed_for_cpu: Any = None
         #: by dtype, with what other streams than that of the packing have to wait for
         self._packed: dict[torch.dtype, tuple[triton_layer.Packed, torch.cuda.Event | None]] = {}
+
+    @property
+    def weight2(self) -> Tensor:
+        return self.weights.weight2
 
     def packed(self, dtype: torch.dtype) -> "triton_layer.Packed":
         """The weights as the kernels read them, for products of that dtype."""
@@ -74,6 +85,14 @@ class FrozenWeights:
             parts = (*self.weights[:6], self.weights.t)
             self._packed_for_cpu = mint_layer_cpu.pack_layer(parts, order, triangle)
         return self._packed_for_cpu
+
+
+def _in_float32(weights: MintWeights | FrozenWeights) -> MintWeights | FrozenWeights:
+    if weights.weight2.dtype == torch.float32:
+        return weights  # frozen ones with what has been packed
+    if isinstance(weights, FrozenWeights):
+        weights = weights.weights
+    return MintWeights(*(weight.float() for weight in weights))
 
 
 def _numba_layer(
@@ -104,15 +123,22 @@ def mint_map(
     activation: Activation,
     order: str,
     triangle: str,
+    call: Call | None = None,
 ) -> Tensor:
-    """y of a Mint layer, (B, C, H, W) in the dtype of x."""
-    if use_triton(x, activation):
+    """y of a Mint layer, (B, C, H, W) in the dtype of x; ``call`` as in :func:`mint_forward`."""
+    watched = call is not None
+    if use_triton(x, activation, watched):
         return mint_forward(x, weights, activation, order, triangle)[0]
-    if use_numba_layer(x, activation):
+    if use_float32(x, weights.weight2, activation):
+        with torch.autocast("cpu", enabled=False):
+            arguments = (activation, order, triangle, call)
+            return mint_map(x.float(), _in_float32(weights), *arguments).to(x.dtype)
+    if not watched and use_numba_layer(x, activation):
         return _numba_layer(x, weights, activation, order, triangle, diagonal=False)[0]
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
-    return reference.mint_map(x, weights, activation, order, triangle)[0]
+    call = call or reference.call_plainly
+    return reference.mint_map(x, weights, activation, order, triangle, call)[0]
 
 
 def mint_forward(
@@ -122,16 +148,19 @@ def mint_forward(
     order: str,
     triangle: str,
     recompute: bool = False,
+    call: Call | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A Mint layer, the diagonal of its Jacobian, and its log-determinant.
 
     Args:
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
+        call: calls each convolution, which is then computed on its own, by plain PyTorch.
 
     Returns:
         y in the dtype of x, the diagonal, both (B, C, H, W), and log_det (B,), both in that of t.
     """
-    if use_triton(x, activation):
+    watched = call is not None
+    if use_triton(x, activation, watched):
         structure = Structure(order, triangle, activation.name)
         if isinstance(weights, FrozenWeights) and torch.is_grad_enabled() and x.requires_grad:
             weights = weights.weights
@@ -139,12 +168,18 @@ def mint_forward(
             packed = weights.packed(compute_dtype(weights.weights.weight2))
             return triton_layer.packed_forward(x, packed, structure)
         return triton_layer.mint_forward(x, weights, structure, recompute)
-    if use_numba_layer(x, activation):
+    if use_float32(x, weights.weight2, activation):
+        with torch.autocast("cpu", enabled=False):
+            results = mint_forward(
+                x.float(), _in_float32(weights), activation, order, triangle, recompute, call
+            )
+        return results[0].to(x.dtype), *results[1:]
+    if not watched and use_numba_layer(x, activation):
         y, diagonal = _numba_layer(x, weights, activation, order, triangle, True, recompute)
         return y, diagonal, diagonal.log().flatten(1).sum(1)
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
-    arguments = (x, weights, activation, order, triangle)
+    arguments = (x, weights, activation, order, triangle, call or reference.call_plainly)
     if recompute and torch.is_grad_enabled():
         y, diagonal = checkpoint(
             reference.mint_forward, *arguments, use_reentrant=False, preserve_rng_state=False

@@ -23,7 +23,13 @@ from mintnet_triton.kernels.canvas_cpu import (
     forward_groups,
     plan,
 )
-from mintnet_triton.kernels.reference import MintWeights, Structure, centres_of, join
+from mintnet_triton.kernels.reference import (
+    MintWeights,
+    Structure,
+    centres_of,
+    join,
+    with_centres,
+)
 from mintnet_triton.kernels.threads_cpu import share
 from mintnet_triton.kernels.tiles_cpu import LOOPS, MOST, OUTPUTS, VECTOR
 
@@ -368,14 +374,15 @@ class _MintLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_y: Tensor, by_diagonal: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parts = ctx.saved_tensors[:8]
+        x, *saved = ctx.saved_tensors  # once: what unpacks them may do so once only
+        parts, hidden = saved[:7], saved[7:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_plain_gradients(ctx, x, parts, by_y, by_diagonal), *[None] * 6)
         weight1, _, weight2, _, weight3, _, t = parts
         if ctx.recompute:
             _, _, h1, h2 = layer_op(x, *parts, *ctx.structure, False, True, ctx.group)
         else:
-            h1, h2 = ctx.saved_tensors[8:]
+            h1, h2 = hidden
         if not ctx.diagonal:
             by_diagonal = torch.zeros_like(by_y)
         by_weights = any(ctx.needs_input_grad[1:7])
@@ -400,9 +407,7 @@ def _plain_gradients(
     """Gradients that can be differentiated again: of the same layer, computed by plain PyTorch."""
     order, triangle, activation = ctx.structure
     inputs = [x, *parts]
-    weight1, bias1, weight2, bias2, weight3, bias3, t = parts
-    centres = centres_of(weight1, weight2, weight3)
-    weights = MintWeights(weight1, bias1, weight2, bias2, weight3, bias3, *centres, t)
+    weights = with_centres(*parts)
     function = find_activation(activation)
     results = reference.mint_forward(x, weights, function, order, triangle)
     wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
@@ -420,7 +425,7 @@ def packed_forward(
     x: Tensor, packed: Packed, activation: str, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
     """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
-    group = group_of(len(x), x.shape[3])
+    group = group_of(x.shape[0], x.shape[3])
     x = x.detach().resolve_neg()  # as torch does for operators
     y, to_diagonal, _, _ = run_forward(x, packed, activation, diagonal, False, group)
     return y, to_diagonal
@@ -440,7 +445,7 @@ def mint_forward(
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
     """
     parts = (*weights[:6], weights.t)
-    group = group_of(len(x), x.shape[3])
+    group = group_of(x.shape[0], x.shape[3])
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *parts)):
         results = _MintLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
             x, *parts, *structure, diagonal, recompute, group

@@ -4,6 +4,7 @@ Shapes: B samples, C colours, K hidden units per colour, an image of H x W. Hidd
 colour-major: unit k of colour c is channel ``c * K + k``.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,6 +40,23 @@ class MintWeights(NamedTuple):
     centre2: Tensor  # (C, K, K), from hidden unit j (last) to i
     centre3: Tensor  # (C, K), from hidden unit i to the pixel
     t: Tensor  # (C, H, W), positive, at least float32
+
+
+def with_centres(
+    weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor,
+    t: Tensor,
+) -> MintWeights:  # fmt: skip
+    """All of :class:`MintWeights`, whose centres are views of the weights."""
+    centres = centres_of(weight1, weight2, weight3)
+    return MintWeights(weight1, bias1, weight2, bias2, weight3, bias3, *centres, t)
+
+
+#: how a convolution of a layer is called: with its number, what it computes, and its input
+Call = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def call_plainly(number: int, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return convolution(x)
 
 
 def masked_conv2d(
@@ -123,23 +141,41 @@ def _whole_vectors(channels: int) -> int:
 
 
 def mint_map(
-    x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
+    x: Tensor,
+    weights: MintWeights,
+    activation: Activation,
+    order: str,
+    triangle: str,
+    call: Call = call_plainly,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = t x + W3 h(W2 h(W1 x + b1) + b2) + b3``, the Mint layer of the paper.
 
     Returns:
         y (B, C, H, W) in the dtype of x, and both hidden layers h1, h2 (B, C*K, H, W).
     """
-    h1 = activation.function(F.conv2d(x, weights.weight1, weights.bias1, padding="same"))
-    # Nearly all the work of a layer is in the middle convolution.
-    a2 = masked_conv2d(h1, weights.weight2, weights.bias2, x.shape[1], order, triangle)
-    h2 = activation.function(a2)
-    y = F.conv2d(h2, weights.weight3, weights.bias3, padding="same") + weights.t * x
+
+    def first(x: Tensor) -> Tensor:
+        return F.conv2d(x, weights.weight1, weights.bias1, padding="same")
+
+    def middle(h1: Tensor) -> Tensor:  # where nearly all the work of a layer is
+        return masked_conv2d(h1, weights.weight2, weights.bias2, x.shape[1], order, triangle)
+
+    def last(h2: Tensor) -> Tensor:
+        return F.conv2d(h2, weights.weight3, weights.bias3, padding="same")
+
+    h1 = activation.function(call(1, first, x))
+    h2 = activation.function(call(2, middle, h1))
+    y = call(3, last, h2) + weights.t * x
     return y.to(x.dtype), h1, h2
 
 
 def mint_forward(
-    x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
+    x: Tensor,
+    weights: MintWeights,
+    activation: Activation,
+    order: str,
+    triangle: str,
+    call: Call = call_plainly,
 ) -> tuple[Tensor, Tensor]:
     """The Mint layer and the diagonal of its Jacobian.
 
@@ -153,13 +189,13 @@ def mint_forward(
         positive.
     """
     assert activation.slope is not None
-    y, h1, h2 = mint_map(x, weights, activation, order, triangle)
+    y, h1, h2 = mint_map(x, weights, activation, order, triangle, call)
     batch, colours, height, width = x.shape
     per_colour = (batch, colours, h1.shape[1] // colours, height * width)
     # The K x K matrix takes the outer two diagonals along, so the pixels need no product with them.
     through = torch.matmul(join_centres(weights).to(h1), activation.slope(h1).reshape(per_colour))
     diagonal = (through * activation.slope(h2).reshape(per_colour)).sum(2)
-    return y, diagonal.view(x.shape) + weights.t
+    return y, diagonal.reshape(x.shape) + weights.t
 
 
 def join_centres(weights: MintWeights) -> Tensor:
@@ -179,7 +215,8 @@ def centres_of(weight1: Tensor, weight2: Tensor, weight3: Tensor) -> tuple[Tenso
     def centre(weight: Tensor) -> Tensor:
         """(C, outputs, inputs)."""
         middle = weight.shape[-1] // 2
-        blocks = weight[..., middle, middle].view(colours, len(weight) // colours, colours, -1)
+        blocks = weight[..., middle, middle].unflatten(1, (colours, -1))
+        blocks = blocks.unflatten(0, (colours, -1))
         return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
 
     return centre(weight1).squeeze(2), centre(weight2), centre(weight3).squeeze(1)

@@ -24,6 +24,7 @@ from mintnet_triton.checks import NonFiniteError
 from mintnet_triton.classifier import MintClassifier
 from mintnet_triton.conv import MaskedConv2d
 from mintnet_triton.flow import MintNet
+from mintnet_triton.hooks import HookError
 from mintnet_triton.images import ImagePreprocess, bits_per_dim
 from mintnet_triton.inverse import InversionResult, Invertible, NotConvergedError, invert
 from mintnet_triton.kernels import Activation, BackendError, use_backend
@@ -42,6 +43,7 @@ __all__ = [
     "Compose",
     "Elementwise",
     "FixedPoint",
+    "HookError",
     "ImagePreprocess",
     "InversionResult",
     "Invertible",

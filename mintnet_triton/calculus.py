@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mintnet_triton.checks import check_odd, is_traced
+from mintnet_triton.hooks import HookError, is_watched, run_weight_hooks
 from mintnet_triton.inverse import Shape, Stage
 from mintnet_triton.kernels import Activation, Wave, find_activation
 from mintnet_triton.ordering import Ordering, common_ordering
@@ -83,14 +84,14 @@ class TriangularMap(Stage):
 
         def solve(right: Tensor) -> Tensor:
             # Jacobi's method ends for a triangular matrix, after as many steps as it has rows.
-            point = x.repeat(len(right) // len(x), *[1] * (x.ndim - 1))
+            point = x.repeat(len(right) // max(1, len(x)), *[1] * (x.ndim - 1))
             _, diagonal = evaluate(point)
             with torch.enable_grad():
                 pull = torch.func.vjp(lambda v: evaluate(v)[0], point)[1]
                 # J v is the transpose of J^T v; forward mode would do more, and compile for it.
                 push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(point))[1]
             solved = right / diagonal
-            for _ in range(x[0].numel()):
+            for _ in range(x.shape[1:].numel()):
                 (image,) = (pull if transpose else push)(solved)
                 change = (right - image) / diagonal
                 solved = solved + change
@@ -181,6 +182,7 @@ class MaskedAffine(TriangularMap):
         return (len(self.weight),) if self.weight.ndim == 2 else (len(self.weight), None, None)
 
     def evaluator(self) -> Evaluator:
+        run_weight_hooks(self)
         weight = self.masked_weight()
         if weight.ndim == 2:
             diagonal = weight.diagonal()
@@ -276,7 +278,7 @@ class Sum(TriangularMap):
         return _common_shape(self.f1.input_shape, self.f2.input_shape)
 
     def evaluator(self) -> Evaluator:
-        first, second = self.f1.evaluator(), self.f2.evaluator()
+        first, second = (_evaluator(f"f{i}", f) for i, f in enumerate((self.f1, self.f2), start=1))
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
             y1, diagonal1 = first(x)
@@ -319,7 +321,7 @@ class Compose(TriangularMap):
                 yield (f"{name}.{inner}" if inner else name), stage
 
     def evaluator(self) -> Evaluator:
-        first, second = self.f1.evaluator(), self.f2.evaluator()
+        first, second = (_evaluator(f"f{i}", f) for i, f in enumerate((self.f1, self.f2), start=1))
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
             middle, diagonal1 = first(x)
@@ -327,6 +329,16 @@ class Compose(TriangularMap):
             return y, diagonal2 * diagonal1
 
         return evaluate
+
+
+def _evaluator(name: str, factor: TriangularMap) -> Evaluator:
+    """That of a part of a map, which has a diagonal that its ``forward`` does not give."""
+    if is_watched(factor):
+        raise HookError(
+            f"{name} ({type(factor).__name__}) has hooks that would not run: the parts of a map "
+            "are not called one by one. Register them on the whole map"
+        )
+    return factor.evaluator()
 
 
 def _combined_ordering(**maps: TriangularMap) -> Ordering | None:

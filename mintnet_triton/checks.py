@@ -76,7 +76,11 @@ def _autocast_takes(x: Tensor, like: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Under ``torch.compile`` or a transform of ``torch.func``, where values are not known."""
-    return torch.compiler.is_compiling() or bool(torch._C._functorch.peek_interpreter_stack())
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or bool(torch._C._functorch.peek_interpreter_stack())
+    )
 
 
 def check_finite(name: str, x: Tensor) -> None:

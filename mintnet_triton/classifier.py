@@ -14,10 +14,28 @@ from mintnet_triton.checks import (
     check_tensor,
 )
 from mintnet_triton.flow import squeeze_positions, squeezed
+from mintnet_triton.hooks import has_to_be_called
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintLayer, Squeeze
 from mintnet_triton.ordering import Order
 from mintnet_triton.presets import model_arguments
+
+
+def _values(results: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """What a module gives, without the determinant of an invertible one."""
+    return results[0] if isinstance(results, tuple) else results
+
+
+class Block(nn.Sequential):
+    """Modules one after the other, of which Mint layers pass on y alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            if isinstance(module, MintLayer) and not has_to_be_called(module):
+                x = module.transform(x)  # which spares the determinant
+            else:
+                x = _values(module(x))
+        return x
 
 
 class MintClassifier(nn.Module):
@@ -56,9 +74,12 @@ class MintClassifier(nn.Module):
         activation: str | Activation = "leaky_relu",
     ) -> None:
         super().__init__()
-        check_positive(classes=classes, hidden=hidden, width=width)
+        classes, pairs, hidden, width = check_positive(
+            classes=classes, pairs=pairs, hidden=hidden, width=width
+        )
+        squeezes = check_integer("squeezes", squeezes, least=0)
         if channels is not None:
-            check_integer("channels", channels, least=1)
+            channels = check_integer("channels", channels, least=1)
             if channels > width:
                 raise ValueError(f"channels must be at most width={width}, got {channels}")
         size = as_size("image_size", image_size)
@@ -84,7 +105,7 @@ class MintClassifier(nn.Module):
             if pair in positions:
                 self.layers.append(Squeeze())
                 width, size = width * 4, squeezed(size, 1)
-            block = nn.Sequential()
+            block = Block()
             for triangle in ("lower", "upper"):
                 block.append(nn.BatchNorm2d(width))
                 block.append(
@@ -115,21 +136,21 @@ class MintClassifier(nn.Module):
         """
         return cls(**{**model_arguments(name, "classifier"), **changes})
 
+    def _like(self) -> Tensor | None:
+        """t of the first layer, whose dtype and device are those of images."""
+        layers = (module for module in self.modules() if isinstance(module, MintLayer))
+        return next((layer.t for layer in layers), None)
+
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, classes) of images (B, C, H, W).
 
         Raises:
             TypeError, ValueError: images are not a finite tensor of the right shape and dtype.
         """
-        check_tensor("images", images, self.input_shape, like=self.fc.weight)
+        check_tensor("images", images, self.input_shape, like=self._like())
         if images.shape[1] > self.width:
             raise ValueError(f"images have {images.shape[1]} channels, more than {self.width}")
         x = F.pad(images, (0, 0, 0, 0, 0, self.width - images.shape[1]))
         for layer in self.layers:
-            if isinstance(layer, Squeeze):
-                x, _ = layer(x)
-                continue
-            assert isinstance(layer, nn.Sequential)
-            for module in layer:
-                x = module.transform(x) if isinstance(module, MintLayer) else module(x)
+            x = _values(layer(x))
         return F.log_softmax(self.fc(F.elu(x).mean((2, 3))), dim=1)

@@ -4,19 +4,19 @@ A :class:`Stage` is solved as a whole by one of the :mod:`.solvers`; a :class:`C
 network) is not triangular and is inverted stage by stage, from the last to the first.
 """
 
-import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mintnet_triton.certificate import ErrorBound
 from mintnet_triton.checks import NonFiniteError, check_finite, check_tensor
 from mintnet_triton.implicit import differentiable_solution
-from mintnet_triton.kernels import full_float32
+from mintnet_triton.kernels import full_float32, is_exported, is_transformed
 from mintnet_triton.solvers import (
     Auto,
     Evaluator,
@@ -27,9 +27,9 @@ from mintnet_triton.solvers import (
     relative_residual,
     rounded,
 )
+from mintnet_triton.views import tensors_of, view_of
 
 Shape = tuple[int | None, ...]
-AnyInvertible = TypeVar("AnyInvertible", bound="Invertible")
 
 
 class Invertible(nn.Module):
@@ -49,13 +49,24 @@ class Invertible(nn.Module):
         """Sizes of an output after the batch dimension; None where any will do."""
         return self.input_shape
 
-    def check(self, name: str, x: Tensor, shape: Shape | None) -> None:
-        """Raise a typed error unless ``x`` is a finite tensor of this shape, dtype and device."""
+    def check(self, name: str, x: Tensor, shape: Shape | None, *, widened: bool = False) -> None:
+        """Raise a typed error unless ``x`` is a finite tensor of this shape, dtype and device.
+
+        Args:
+            widened: whether x is float32 where the parameters are of lower precision.
+        """
         if isinstance(x, Tensor) and shape is None:
             if x.ndim < 2:
                 raise ValueError(f"{name} must have shape (batch, ...), got {tuple(x.shape)}")
             shape = (None,) * (x.ndim - 1)
-        check_tensor(name, x, shape or (), like=next(self.parameters(), None))
+        like = self._like()
+        if widened and like is not None:
+            like = like.new_empty(0, dtype=log_det_dtype(like))
+        check_tensor(name, x, shape or (), like)
+
+    def _like(self) -> Tensor | None:
+        """A parameter, whose dtype and device are those of inputs."""
+        return next((one for one in self.parameters() if one.is_floating_point()), None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map x to y.
@@ -79,8 +90,8 @@ class Invertible(nn.Module):
     def inverse(self, y: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor]:
         """Map y back to x; ``Auto()`` is the default solver.
 
-        Differentiable once by y and the parameters, by the implicit function theorem: memory does
-        not grow with iterations.
+        Differentiable by y and the parameters, by the implicit function theorem: memory does not
+        grow with iterations. Under ``torch.func``, ``vmap`` alone is refused.
 
         Returns:
             x, and log|det dx/dy| of shape (B,).
@@ -89,7 +100,7 @@ class Invertible(nn.Module):
             NotConvergedError: some sample did not converge; it carries the ``result``.
             TypeError, ValueError: y is not a finite tensor of the right shape, dtype and device.
         """
-        result = _invert(self, y, solver, differentiable=torch.is_grad_enabled())
+        result = _invert(self, y, solver)
         result.raise_if_not_converged()
         return result.x, result.log_det
 
@@ -125,8 +136,17 @@ class Stage(Invertible):
         """What rounding in f(x) is relative to, shaped like x: the sum of absolute values."""
         raise NotImplementedError
 
-    def share_frozen(self, other: "Stage") -> None:
-        """Use what :func:`mintnet_triton.frozen` keeps in another stage of the same kind."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the map depends on but x, by name, with gradients; computed once."""
+        return tensors_of(self)
+
+    def view(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same map with these for what :meth:`tensors` gave, to be evaluated or solved."""
+        return view_of(self, tensors)
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """A view in that dtype, without gradients."""
+        return self.view(_in_dtype(self.tensors(), dtype, detached=True))
 
 
 class Reshaping(Stage):
@@ -142,6 +162,7 @@ class Chain(Invertible):
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
         for name, step in self.steps():
+            step = as_invertible(name, step)
             for inner, stage in step.stages():
                 yield (f"{name}.{inner}" if inner else name), stage
 
@@ -155,6 +176,19 @@ class Chain(Invertible):
                 raise NonFiniteError(f"inside the network, entering {name!r}: {error}") from error
             log_det = log_det + step_log_det
         return x, log_det
+
+
+def as_invertible(name: str, module: nn.Module) -> Invertible:
+    """The invertible map itself, which may be compiled or checkpointed by a module around it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    for attribute in ("_orig_mod", "_checkpoint_wrapped_module"):
+        module = getattr(module, attribute, module)
+    if not isinstance(module, Invertible):
+        raise TypeError(f"{name} must be an Invertible, got {type(module).__name__}")
+    return module
 
 
 @dataclass(frozen=True, repr=False)
@@ -258,9 +292,13 @@ def invert(
         TypeError, ValueError: z or reference is not a finite tensor of the right shape, dtype and
             device, module or solver is of another kind, or a reference came without ``trace``.
     """
-    return _invert(module, z, solver, trace=trace, reference=reference, certify=certify)
+    result: InversionResult = _invert(
+        module, z, solver, trace=trace, reference=reference, certify=certify
+    )
+    return result
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its steps depend on values
 def _invert(
     module: Invertible,
     z: Tensor,
@@ -269,84 +307,96 @@ def _invert(
     trace: bool = False,
     reference: Tensor | None = None,
     certify: bool = False,
-    differentiable: bool = False,
 ) -> InversionResult:
-    if not isinstance(module, Invertible):
-        raise TypeError(f"module must be an Invertible, got {type(module).__name__}")
+    module = as_invertible("module", module)
     solver = Auto() if solver is None else solver
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
     if reference is not None and not trace:
         raise ValueError("reference is for the trace: give trace=True with it")
-    originals = [stage for _, stage in module.stages()]
-    module = _at_least_float32(module)
     z = _prepare(module, "z", z, module.output_shape)
     if reference is not None:
         reference = _prepare(module, "reference", reference, module.input_shape)
         if len(reference) != len(z):
             raise ValueError(f"reference has {len(reference)} samples, z has {len(z)}")
     solver = solver.with_tolerance(solver.tolerance_for(z.dtype))
-    module = _in_dtype(module, solver.dtype_for(z))
     with torch.autocast(z.device.type, enabled=False), full_float32():
-        return _solve_stages(
-            module, originals, z, solver, trace, reference, certify, differentiable
-        )
+        return _solve_stages(module, z, solver, trace, reference, certify)
 
 
 def _solve_stages(
     module: Invertible,
-    originals: list[Stage],
     z: Tensor,
     solver: Solver,
     trace: bool,
     reference: Tensor | None,
     certify: bool,
-    differentiable: bool,
 ) -> InversionResult:
-    """Solve the stages of a module in the dtype that the solver wants.
-
-    Args:
-        originals: the same stages with the parameters that gradients are for.
-    """
+    """Solve the stages of a module in the dtype that the solver wants."""
     dtype = solver.dtype_for(z)
+    differentiable = torch.is_grad_enabled() or is_transformed()
     stages = list(module.stages())
-    references = _references(stages, reference, dtype)
+    tensors = [
+        _in_dtype(stage.tensors(), dtype, detached=not differentiable) for _, stage in stages
+    ]
+    references = _references(stages, tensors, reference, dtype)
     left = sum(not isinstance(stage, Reshaping) for _, stage in stages)
     x = z.to(dtype)
     log_det = x.new_zeros(len(x), dtype=log_det_dtype(x))
     bound = ErrorBound(x) if certify else None
     solved: list[tuple[str, Solution]] = []
-    for (name, stage), original, known in zip(
-        reversed(stages), reversed(originals), reversed(references), strict=True
+    for (name, stage), weights, known in zip(
+        reversed(stages), reversed(tensors), reversed(references), strict=True
     ):
         if isinstance(stage, Reshaping):
             x = _moved_back(stage, solver, x)
             if bound is not None:
                 bound.reshape(partial(_moved_back, stage, solver))
             continue
+        left -= 1
+        solve = partial(
+            _solve,
+            solver=solver,
+            trace=trace,
+            reference=known,
+            rounding=z.dtype if not left else dtype,
+        )
         target = x
-        with torch.no_grad():
-            solution = stage.solve(target, solver, trace=trace, reference=known)
-            left -= 1
-            if left == 0 and dtype != z.dtype:
-                # What is returned is rounded, and judged as such.
-                nearest = rounded(solution.x, z.dtype).to(dtype)
-                residual = stage.exact_residual(nearest, target).nan_to_num(nan=torch.inf)
-                solution = replace(solution, x=nearest, residual=residual)
-            if bound is not None:
-                bound.through(_in_dtype(stage, torch.float64), solution.x, target)
-        x, step_log_det = solution.x, solution.log_det
         if differentiable:
-            x, step_log_det = differentiable_solution(original, stage, target, solution)
+            solution, x, step_log_det = differentiable_solution(stage, weights, target, solve)
+        else:
+            solution = solve(stage.view(weights), target)
+            x, step_log_det = solution.x, solution.log_det
+        if bound is not None:
+            exact = stage.view(_in_dtype(weights, torch.float64, detached=True))
+            bound.through(exact, solution.x, target)
         log_det = log_det + step_log_det
         solved.insert(0, (name or type(stage).__name__, solution))
     # Residuals of the factors do not bound that of a composition, which is one map.
     whole = z.new_zeros(len(z), dtype=dtype)
     if isinstance(module, Stage) and len(stages) > 1:
         with torch.no_grad():
-            whole = module.exact_residual(x, z.to(dtype))
+            whole = module.in_dtype(dtype).exact_residual(x, z.to(dtype))
     x, log_det = x.to(z.dtype), log_det.to(log_det_dtype(z))
     return _collect(x, log_det, whole, solved, solver, bound)
+
+
+def _solve(
+    stage: Stage,
+    z: Tensor,
+    solver: Solver,
+    trace: bool,
+    reference: Tensor | None,
+    rounding: torch.dtype,
+) -> Solution:
+    """Solve a stage; where x is to be rounded afterwards, it is judged as such."""
+    with torch.no_grad():
+        solution = stage.solve(z, solver, trace=trace, reference=reference)
+        if rounding != z.dtype:
+            nearest = rounded(solution.x, rounding).to(z.dtype)
+            residual = stage.exact_residual(nearest, z).nan_to_num(nan=torch.inf)
+            solution = replace(solution, x=nearest, residual=residual)
+    return solution
 
 
 def _moved_back(stage: Reshaping, solver: Solver, values: Tensor) -> Tensor:
@@ -354,16 +404,19 @@ def _moved_back(stage: Reshaping, solver: Solver, values: Tensor) -> Tensor:
 
 
 def _references(
-    stages: list[tuple[str, Stage]], reference: Tensor | None, dtype: torch.dtype
+    stages: list[tuple[str, Stage]],
+    tensors: list[dict[str, Tensor]],
+    reference: Tensor | None,
+    dtype: torch.dtype,
 ) -> list[Tensor | None]:
     """The true x of each stage."""
     if reference is None:
         return [None] * len(stages)
     points: list[Tensor | None] = []
     point = reference.to(dtype)
-    for _, stage in stages:
+    for (_, stage), weights in zip(stages, tensors, strict=True):
         points.append(point)
-        point, _ = stage(point)
+        point, _ = stage.view(weights)._forward(point)
     return points
 
 
@@ -410,28 +463,27 @@ def _collect(
     )
 
 
-def _at_least_float32(module: Invertible) -> Invertible:
-    """The module, or a float32 copy if any of its parameters is of lower precision."""
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
-        return _in_dtype(module, torch.float32)
-    return module
+def _in_dtype(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, *, detached: bool
+) -> dict[str, Tensor]:
+    """Floating tensors in that dtype, or their own if that is wider."""
 
+    def cast(one: Tensor) -> Tensor:
+        one = one.detach() if detached and one.requires_grad else one
+        return one.to(torch.promote_types(one.dtype, dtype)) if one.is_floating_point() else one
 
-def _in_dtype(module: AnyInvertible, dtype: torch.dtype) -> AnyInvertible:
-    """The module, or a copy with parameters of that dtype."""
-    if all(parameter.dtype == dtype for parameter in module.parameters()):
-        return module
-    copied = copy.deepcopy(module)
-    for new, old in zip(copied.modules(), module.modules(), strict=True):
-        if isinstance(new, Stage) and isinstance(old, Stage):
-            new.share_frozen(old)
-    return copied.to(dtype)
+    return {name: cast(one) for name, one in tensors.items()}
 
 
 def _prepare(module: Invertible, name: str, x: Tensor, shape: Shape | None) -> Tensor:
-    """Take a half-precision input to float32, then check it."""
+    """Check an input, which half-precision modules take in float32, too, and take it there."""
     if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    module.check(name, x, shape)
+    module.check(name, x, shape, widened=True)
+    if is_exported() or x.is_meta or isinstance(x, FakeTensor):
+        raise NotImplementedError(
+            f"{name} has no values while a graph is exported or traced, or on the meta device, and "
+            "an inverse takes as many steps as they need; export the forward pass"
+        )
     check_finite(name, x)
     return x

@@ -1,23 +1,22 @@
 """The Mint layer, its pairs, and the squeeze between scales."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.checks import as_kernel_sizes, as_size, check_positive
 from mintnet_triton.conv import MaskedConv2d
-from mintnet_triton.inverse import Chain, Invertible, Reshaping, Shape, Stage
+from mintnet_triton.hooks import call_watched, is_watched, run_weight_hooks
+from mintnet_triton.inverse import Chain, Invertible, Reshaping, Shape
 from mintnet_triton.kernels import (
     Activation,
     FrozenWeights,
     MintWeights,
     Wave,
-    centres_of,
     find_activation,
     fixed_point,
     mint_exact_map,
@@ -28,6 +27,7 @@ from mintnet_triton.kernels import (
     mint_wavefront,
     steepest_share,
     use_triton,
+    with_centres,
 )
 from mintnet_triton.ordering import Order, Ordering, Triangle
 from mintnet_triton.solvers import (
@@ -39,6 +39,10 @@ from mintnet_triton.solvers import (
     log_det_dtype,
     relative_residual,
 )
+from mintnet_triton.views import shallow
+
+#: of :class:`MintWeights`, those that are not views of others
+_TENSORS = ("weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "t")
 
 Initialisation = Literal["density", "classifier", "near_identity"]
 
@@ -53,6 +57,10 @@ class MintLayer(TriangularMap):
 
     Parameters are raw, as the authors' are: ``t_eff = max(|t|, 1e-12)``; a centre weight of W2 is
     used as ``sign(W3_i) sign(W1_j) |W2_ij|``, with sign(0) = 0.
+
+    The convolutions are computed as one, and their hooks run so: forward pre-hooks once a call,
+    before anything is computed and in an inverse too, to compute weights (as pruning does); forward
+    and backward hooks wherever the layer is called, which is then computed by plain PyTorch.
 
     Args:
         channels: number of colours C.
@@ -86,7 +94,7 @@ class MintLayer(TriangularMap):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(channels=channels, hidden=hidden)
+        channels, hidden = check_positive(channels=channels, hidden=hidden)
         self.channels, self.size, self.hidden = channels, as_size("size", size), hidden
         self.ordering = Ordering(order, triangle)
         self.activation = find_activation(activation)
@@ -125,36 +133,35 @@ class MintLayer(TriangularMap):
 
     @property
     def _structure(self) -> tuple[Order, Triangle]:
-        return self.conv1.ordering.order, self.conv1.ordering.triangle
+        assert self.ordering is not None
+        return self.ordering.order, self.ordering.triangle
 
     def positive_t(self) -> Tensor:
         """``max(|t|, 1e-12)``, (C, H, W), never below float32, where that is not zero."""
         return self.t.to(log_det_dtype(self.t)).abs().clamp(min=1e-12)
 
     def effective_weights(self) -> MintWeights:
-        """Masked, sign-corrected weights, computed from the parameters at each call."""
-        weight1, weight2, weight3 = (
-            conv.masked_weight() for conv in (self.conv1, self.conv2, self.conv3)
+        """Masked, sign-corrected weights, computed from the parameters at each call.
+
+        Raises:
+            HookError: a forward pre-hook of a convolution wants its input.
+        """
+        convs = [self.conv1, self.conv2, self.conv3]
+        for number, conv in enumerate(convs, start=1):
+            run_weight_hooks(conv, f"'conv{number}' in a MintLayer")
+        weight1, weight2, weight3 = (conv.masked_weight() for conv in convs)
+        bias1, bias2, bias3 = (
+            conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
+            for conv in convs
         )
-        centre1, centre2, centre3 = centres_of(weight1, weight2, weight3)
+        weights = with_centres(weight1, bias1, weight2, bias2, weight3, bias3, self.positive_t())
         # |w| = sign(w) w, with the derivative that abs has; in place, for weight2 is new.
-        centre2.mul_(
-            centre3.detach().sign().unsqueeze(2)
-            * centre1.detach().sign().unsqueeze(1)
-            * centre2.detach().sign()
+        weights.centre2.mul_(
+            weights.centre3.detach().sign().unsqueeze(2)
+            * weights.centre1.detach().sign().unsqueeze(1)
+            * weights.centre2.detach().sign()
         )
-        return MintWeights(
-            weight1,
-            cast(Tensor, self.conv1.bias),
-            weight2,
-            cast(Tensor, self.conv2.bias),
-            weight3,
-            cast(Tensor, self.conv3.bias),
-            centre1,
-            centre2,
-            centre3,
-            self.positive_t(),
-        )
+        return weights
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -165,16 +172,50 @@ class MintLayer(TriangularMap):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_frozen": None}  # a copy has parameters of its own
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"_frozen": None}  # a copy has parameters of its own
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._frozen = None  # it is on another device
+        return replica
 
     def _weights(self) -> MintWeights | FrozenWeights:
         return self._frozen or self.effective_weights()
 
-    def evaluator(self) -> Evaluator:
+    def _call(self) -> Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor] | None:
+        """How to call the convolutions, if hooks look at them."""
+        convs = dict(self.named_children())
+        if not any(is_watched(conv) for conv in convs.values()):
+            return None
+
+        def call(number: int, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            name = f"conv{number}"
+            return call_watched(f"{name!r} in a MintLayer", convs[name], convolution, x)
+
+        return call
+
+    def tensors(self) -> dict[str, Tensor]:
+        run_weight_hooks(self)
         weights = self._weights()
+        weights = weights.weights if isinstance(weights, FrozenWeights) else weights
+        return {name: getattr(weights, name) for name in _TENSORS}
+
+    def view(self, tensors: Mapping[str, Tensor]) -> Self:
+        view = shallow(self)
+        view.__dict__.update(_parameters={}, _modules={})  # nothing to be looked at by hooks
+        frozen = self._frozen and self._frozen.weights._asdict()
+        if not frozen or any(frozen[name] is not tensor for name, tensor in tensors.items()):
+            view._frozen = FrozenWeights(with_centres(**tensors))  # else what is packed, is shared
+        return view
+
+    def evaluator(self) -> Evaluator:
+        run_weight_hooks(self)
+        weights, call = self._weights(), self._call()
         if isinstance(weights, MintWeights) and not torch.is_grad_enabled():
             weights = FrozenWeights(weights)  # packed once for all evaluations
-        return lambda x: mint_forward(x, weights, self.activation, *self._structure)[:2]
+        arguments = (weights, self.activation, *self._structure)
+        return lambda x: mint_forward(x, *arguments, call=call)[:2]
 
     def start(self, z: Tensor) -> Tensor:
         return z / (self._frozen.weights.t if self._frozen else self.positive_t())
@@ -211,7 +252,9 @@ class MintLayer(TriangularMap):
     def slope_bounds(self) -> tuple[Tensor, Tensor] | None:
         if self.activation.steepest is None:
             return None
-        weights = self._weights_in(log_det_dtype(self.t))
+        weights = self._weights()
+        weights = weights.weights if isinstance(weights, FrozenWeights) else weights
+        weights = MintWeights(*(weight.detach().to(weights.t.dtype) for weight in weights))
         return weights.t, weights.t + steepest_share(weights, self.activation)[:, None, None]
 
     @property
@@ -246,14 +289,9 @@ class MintLayer(TriangularMap):
     def magnitude(self, x: Tensor) -> Tensor:
         return mint_magnitude(x, self._weights_in(x.dtype), self.activation)
 
-    def share_frozen(self, other: Stage) -> None:
-        assert isinstance(other, MintLayer)
-        self._frozen = other._frozen
-
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, _, log_det = mint_forward(
-            x, self._weights(), self.activation, *self._structure, self.recompute
-        )
+        arguments = (self._weights(), self.activation, *self._structure)
+        y, _, log_det = mint_forward(x, *arguments, self.recompute, self._call())
         return y, log_det  # t > 0 keeps the diagonal from zero
 
     def transform(self, x: Tensor) -> Tensor:
@@ -263,7 +301,8 @@ class MintLayer(TriangularMap):
             TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
         """
         self.check("x", x, self.input_shape)
-        return mint_map(x, self._weights(), self.activation, *self._structure)
+        run_weight_hooks(self)
+        return mint_map(x, self._weights(), self.activation, *self._structure, self._call())
 
     def extra_repr(self) -> str:
         return (
@@ -293,10 +332,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
     previous = [layer._frozen for layer in layers]
     with torch.no_grad():
         # Copies: a bias is used as it is, and would follow its parameter.
-        copies = [
-            MintWeights(*(weight.clone() for weight in layer.effective_weights()))
-            for layer in layers
-        ]
+        copies = []
+        for layer in layers:
+            run_weight_hooks(layer)
+            copies.append(MintWeights(*(one.clone() for one in layer.effective_weights())))
         try:
             for layer, weights in zip(layers, copies, strict=True):
                 layer._frozen = FrozenWeights(weights)
@@ -304,9 +343,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
         finally:
             for layer, frozen_before in zip(layers, previous, strict=True):
                 # The layer may have gone to another dtype or device meanwhile.
+                like = layer.conv2.weight
                 fits = frozen_before is not None and (
-                    frozen_before.weights.weight2.dtype == layer.conv2.weight.dtype
-                    and frozen_before.weights.weight2.device == layer.conv2.weight.device
+                    frozen_before.weights.weight2.dtype == like.dtype
+                    and frozen_before.weights.weight2.device == like.device
                 )
                 layer._frozen = frozen_before if fits else None
 
@@ -348,10 +388,9 @@ class Squeeze(Reshaping):
         batch, colours, height, width = x.shape
         if height % 2 or width % 2:
             raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
-        # pixel_unshuffle orders channels (c, dy, dx).
-        half = (height // 2, width // 2)
-        y = F.pixel_unshuffle(x, 2).reshape(batch, colours, 4, *half).transpose(1, 2)
-        return y.reshape(batch, 4 * colours, *half), _no_log_det(x)
+        by_tap = x.reshape(batch, colours, height // 2, 2, width // 2, 2)
+        y = by_tap.permute(0, 3, 5, 1, 2, 4)
+        return y.reshape(batch, 4 * colours, height // 2, width // 2), _no_log_det(x)
 
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
@@ -359,11 +398,11 @@ class Squeeze(Reshaping):
         batch, channels, height, width = z.shape
         if channels % 4:
             raise ValueError(f"z must have a multiple of 4 channels, got {tuple(z.shape)}")
-        by_tap = z.reshape(batch, 4, channels // 4, height, width).transpose(1, 2)
-        x = F.pixel_shuffle(by_tap.reshape(z.shape), 2)
+        by_tap = z.reshape(batch, 2, 2, channels // 4, height, width)
+        x = by_tap.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // 4, 2 * height, 2 * width)
         steps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         return Solution(x, _no_log_det(z), z.new_zeros(len(z)), steps, steps.bool())
 
 
 def _no_log_det(x: Tensor) -> Tensor:
-    return x.new_zeros(len(x), dtype=log_det_dtype(x))
+    return x.new_zeros(x.shape[0], dtype=log_det_dtype(x))

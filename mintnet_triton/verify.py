@@ -1,13 +1,12 @@
 """Does a model do what it says? Triangularity, log-determinant and round trip, checked."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mintnet_triton.calculus import TriangularMap
-from mintnet_triton.inverse import Invertible, invert
+from mintnet_triton.inverse import Invertible, as_invertible, invert
 from mintnet_triton.ordering import Ordering
 from mintnet_triton.solvers import max_error
 
@@ -76,23 +75,22 @@ def verify(model: Invertible, x: Tensor) -> VerifyReport:
     Raises:
         TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
     """
-    if not isinstance(model, Invertible):
-        raise TypeError(f"model must be an Invertible, got {type(model).__name__}")
+    model = as_invertible("model", model)
     if isinstance(x, Tensor) and x.ndim and not len(x):
         raise ValueError("x must have at least one sample, got none")
     with torch.no_grad():
         y, log_det = model(x)
     result = invert(model, y)
 
-    exact = copy.deepcopy(model).double()
-    stages = [("", exact)] if isinstance(exact, TriangularMap) else list(exact.stages())
+    stages = [("", model)] if isinstance(model, TriangularMap) else list(model.stages())
     point = x.detach().double()
     reports = []
     for name, stage in stages:
-        if isinstance(stage, TriangularMap):
-            reports.append(_verify_layer(name or type(stage).__name__, stage, point))
+        exact = stage.in_dtype(torch.float64)
+        if isinstance(exact, TriangularMap):
+            reports.append(_verify_layer(name or type(stage).__name__, exact, point))
         with torch.no_grad():
-            point, _ = stage(point)
+            point, _ = exact._forward(point)
     return VerifyReport(
         layers=tuple(reports),
         converged=result.converged,
@@ -109,7 +107,7 @@ def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
     orderings = [layer.ordering] if layer.ordering else both
     evaluate = layer.evaluator()
     with torch.no_grad():
-        log_dets = layer(x)[1]
+        log_dets = layer._forward(x)[1]
     above: list[Tensor] = []
     errors: list[Tensor] = []
     for sample, log_det in zip(x, log_dets, strict=True):

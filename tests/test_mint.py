@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mintnet_triton as mint
 from bench.naive import NaiveMintLayer
-from mintnet_triton.kernels import centres_of
+from mintnet_triton.kernels.reference import centres_of
 from mintnet_triton.ordering import Order, Triangle
 from tests import golden
 from tests.jacobian import assert_triangular_with_log_det

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -33,7 +33,6 @@ def shard(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, MintLayer):
             fully_shard(module, mesh=mesh)
-            register_fsdp_forward_method(module, "transform")
     # What is left. The average is only ever evaluated, so no backward pass would let it go.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.register_forward_pre_hook(partial(_share_buffers, buffers))

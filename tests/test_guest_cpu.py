@@ -3,15 +3,18 @@
 import importlib.util
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from mintnet_triton import use_backend
 from mintnet_triton.kernels import backend
 
 pytest.importorskip("numba")
@@ -156,6 +159,29 @@ def test_compiling_is_told_once_and_only_if_need_be(
     assert len(caplog.records) == len(heard) == 1
     backend.tell_of_compiling("small", None)
     assert len(heard) == 1
+
+
+def test_the_bar_of_training_says_that_kernels_are_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tqdm")
+    from mintnet_triton.recipes.objectives import Density
+    from tests.tiny_run import tiny_run
+
+    scores = Density.scores
+
+    def compiling(*arguments: Any) -> Any:
+        backend.tell_of_compiling("of a first step", None)
+        return scores(*arguments)
+
+    backend.tell_of_compiling.cache_clear()
+    monkeypatch.setattr(Density, "scores", compiling)
+    with use_backend("torch"):
+        tiny_run("density", tmp_path)
+    shown = re.findall(r"(training|compiling kernels, once): +(\d+)%", capsys.readouterr().err)
+    assert shown[0] == ("training", "0")
+    assert shown[1] == ("compiling kernels, once", "0")
+    assert shown[-1] == ("training", "100")
 
 
 def run(script: str, **environment: str) -> str:

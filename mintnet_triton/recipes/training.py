@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from mintnet_triton.checks import NonFiniteError, check_integer, check_number
+from mintnet_triton.kernels.backend import compiling_heard
 from mintnet_triton.recipes.batches import (
     Batch,
     evaluation_batches,
@@ -304,11 +305,15 @@ class _Loop:
         since_log, since_checkpoint = _Means(state), _Means(state)
         checkpoint = self._last_checkpoint()
         self.parallel.train()
-        with self._progress() as progress:
+        with (
+            self._progress() as progress,
+            compiling_heard(lambda: progress.set_description("compiling kernels, once")),
+        ):
             for batch in self._batches():
                 if state.finished(recipe):
                     break
                 row, stop = self._step(batch, must_stop())
+                progress.set_description("training", refresh=False)
                 state.seconds = self.clock() - began
                 warm = warm or (state.step, state.seconds)
                 since_log.add(row)

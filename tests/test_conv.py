@@ -104,7 +104,7 @@ def share_of_dense(conv: MaskedConv2d, x: torch.Tensor) -> float:
     """Flops of a call, of those of a dense convolution."""
     with FlopCounterMode(display=False) as flops:
         conv(x)
-    return flops.get_total_flops() / (2 * conv.weight.numel() * x[:, 0].numel())
+    return float(flops.get_total_flops()) / (2 * conv.weight.numel() * x[:, 0].numel())
 
 
 @pytest.mark.usefixtures("blocks_cost_nothing")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mintnet_triton as mint
-from mintnet_triton import MintLayer, use_backend
-from mintnet_triton.kernels import threads_cpu, work
+from mintnet_triton import MintLayer, frozen, use_backend
+from mintnet_triton.kernels import backend, threads_cpu, work
 from mintnet_triton.kernels.activation import NAMES
 from mintnet_triton.kernels.reference import Structure
 from tests import grid
@@ -228,19 +228,118 @@ def test_second_derivatives() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
-def test_transforms_and_autocast_take_the_plain_path(compiled: list[int]) -> None:
+def test_transforms_take_the_plain_path(compiled: list[int]) -> None:
     layer, x = make_layer(), torch.randn(4, 3, 5, 6)
     by_transform = torch.func.grad(lambda x: layer(x)[1].sum())(x)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         _, tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)[1])
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        layer(x)
     assert not compiled
     by_backward = gradients(layer, x, (torch.zeros_like(x), torch.ones(4)))["x"]
     torch.testing.assert_close(by_transform, by_backward)
     torch.testing.assert_close(tangent.sum(), by_backward.sum(), rtol=1e-4, atol=1e-4)
     assert compiled
+
+
+def set_processor(monkeypatch: pytest.MonkeyPatch, *, vectors: bool, matrices: bool) -> None:
+    """What it does in 16 bits."""
+    monkeypatch.setattr(backend, "multiplies", lambda dtype: vectors)
+    monkeypatch.setattr(backend, "multiplies_matrices", lambda dtype: matrices)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_input", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_autocast_in_float32_where_16_bits_are_emulated(
+    half: torch.dtype, of_input: torch.dtype, of_weights: torch.dtype, name: str,
+    monkeypatch: pytest.MonkeyPatch, compiled: list[int],
+) -> None:  # fmt: skip
+    layer = make_layer().to(of_weights)
+    x = torch.randn(4, 3, 5, 6).to(of_input)
+    conv, twin = layer.conv1, make_layer().float()
+    twin.load_state_dict(layer.state_dict())
+    upstream = torch.randn(4, 3, 5, 6), torch.randn(4)
+
+    def step() -> dict[str, Tensor]:
+        with torch.autocast("cpu", half), use_backend(name):
+            inputs = x.clone().requires_grad_()
+            layer.zero_grad()
+            y, log_det = layer(inputs)
+            of_conv, of_map = conv(x).detach(), layer.transform(x).detach()
+        torch.autograd.backward((y, log_det), (upstream[0].to(y), upstream[1].to(log_det)))
+        by_weights = {
+            key: one.grad for key, one in layer.named_parameters() if one.grad is not None
+        }
+        results = {"y": y, "log_det": log_det, "conv": of_conv, "map": of_map}
+        return results | {"x": inputs.grad} | by_weights
+
+    set_processor(monkeypatch, vectors=True, matrices=True)
+    plain = step()
+    assert not compiled
+    set_processor(monkeypatch, vectors=False, matrices=False)
+    found = step()
+    assert bool(compiled) == (name == "auto")
+    assert {key: one.dtype for key, one in found.items()} == {
+        key: one.dtype for key, one in plain.items()
+    }
+    with use_backend("torch"):
+        exact = gradients(twin, x.float(), upstream)
+        exact["conv"], exact["map"] = twin.conv1(x.float()), exact["y"]
+    for key, one in found.items():
+        error = (one.detach().float() - exact[key]).norm() / exact[key].norm()
+        # Only what comes and goes in 16 bits is rounded to them.
+        assert error < (1e-5 if one.dtype == torch.float32 and of_input == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_of_layers_on_vector_units(
+    half: torch.dtype, monkeypatch: pytest.MonkeyPatch, compiled: list[int]
+) -> None:
+    """The compiled layer is as fast, a convolution alone and plain PyTorch are not."""
+    layer, x = make_layer(), torch.randn(4, 3, 5, 6)
+    expected = layer(x)
+    compiled.clear()
+    set_processor(monkeypatch, vectors=True, matrices=False)
+    with torch.autocast("cpu", half), torch.no_grad():
+        for one, other in zip(layer(x), expected, strict=True):
+            assert torch.equal(one, other)
+        with frozen(layer):
+            assert torch.equal(layer(x)[0], expected[0])
+        assert len(compiled) == 2
+        with use_backend("torch"):
+            assert not torch.allclose(layer(x)[0], expected[0], rtol=1e-5, atol=1e-6)
+        rounded = layer.conv1(x)
+    assert len(compiled) == 2
+    assert rounded.dtype == half
+    exact = layer.conv1(x)
+    assert not torch.equal(rounded, exact.to(half))  # products of rounded numbers, too
+
+
+def test_autocast_leaves_float64_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, compiled: list[int]
+) -> None:
+    layer, x = make_layer().double(), torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    set_processor(monkeypatch, vectors=False, matrices=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    for one, other in zip(found, layer(x), strict=True):
+        assert one.dtype == torch.float64
+        assert torch.equal(one, other)
+    assert not compiled
+
+
+def test_what_the_processor_multiplies() -> None:
+    """As oneDNN says, which can be told of a lesser one."""
+    script = """
+import torch
+from mintnet_triton.kernels import backend
+for dtype in (torch.bfloat16, torch.float16):
+    assert not backend.multiplies(dtype)
+    assert not (backend.multiplies_matrices(dtype) and backend.multiplies(dtype))
+"""
+    lesser = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", script], env=lesser, check=True)
 
 
 def test_few_samples_for_many_threads_take_the_plain_path(
@@ -399,7 +498,7 @@ from numba.core import caching
 
 caching.CacheImpl._locator_classes = []  # as where no folder can be written to
 import torch
-from mintnet_triton import MintLayer, use_backend
+from mintnet_triton import MintLayer, frozen, use_backend
 from mintnet_triton.kernels import tiles_cpu
 
 assert tiles_cpu.VECTOR == 4
@@ -415,7 +514,7 @@ with torch.no_grad():
 
 def test_any_processor_without_a_cache() -> None:
     """Vectors and multiply-adds are those of the processor that numba is told to compile for."""
-    settings = {"NUMBA_CPU_NAME": "generic", "OMP_NUM_THREADS": "1"}
+    settings = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", BARE], env=os.environ | settings, check=True)
 
 

@@ -426,7 +426,7 @@ def plain_environment() -> dict[str, str]:
 def test_run_from_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "run", "--extent", "tiny", "--threads", "1", "--out"]
     done = subprocess.run(
-        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900,
         env=plain_environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -448,7 +448,7 @@ def test_run_from_end_to_end(tmp_path: Path) -> None:
 def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--skip-tests", "--out"]
     done = subprocess.run(
-        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=400
+        [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report_ = json.loads((tmp_path / "run.json").read_text())

@@ -477,7 +477,7 @@ def test_compute_sanitizer(tool: str) -> None:
     # Without a cache of memory, each tensor has bounds of its own.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     script = [sys.executable, "-c", SANITIZED]
-    subprocess.run(script, cwd=ROOT, env=environment, timeout=120, check=True)
+    subprocess.run(script, cwd=ROOT, env=environment, timeout=600, check=True)
     command = [program, "--tool", tool, "--error-exitcode", "9"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # of libraries that try what is not there

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mintnet_triton as mint
 from mintnet_triton import MintLayer
+from mintnet_triton.kernels import backend
 
 
 class Scale(NamedTuple):
@@ -29,6 +30,8 @@ class Scale(NamedTuple):
 CIFAR10 = (Scale(3, 85, 32), Scale(12, 21, 16), Scale(48, 5, 8))
 MNIST = (Scale(1, 45, 28), Scale(4, 11, 14), Scale(16, 2, 7))
 TINY = Scale(2, 2, 3)
+#: one colour of many channels, which no mask hides
+SINGLE = Scale(1, 256, 16)
 
 
 class Mode(NamedTuple):
@@ -50,12 +53,23 @@ TF32 = Mode("tf32", torch.float32, "high", 1e-2)
 BFLOAT16 = Mode("bfloat16", torch.bfloat16, "highest", 5e-2)
 FLOAT16 = Mode("float16", torch.float16, "highest", 1e-2)
 
+
+def is_emulated(mode: Mode, device: torch.device) -> bool:
+    """Whether a CPU does not multiply such numbers itself: a product takes some forty times as long
+    as in float32, and says nothing of the code."""
+    half = mode.dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cpu" and not backend.multiplies(mode.dtype)
+
+
 #: how many cases: one of each kind, on shapes that Triton's interpreter can do; what two slow cores
 #: do in two minutes; everything that is worth knowing on the device
 Extent = Literal["tiny", "quick", "full"]
 EXTENTS: tuple[Extent, ...] = get_args(Extent)
 
 Pass = Literal["forward", "training", "inverse"]
+
+#: of a layer's three convolutions
+Part = Literal["first", "middle", "last"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,9 @@ class Case:
 
     Args:
         section: of the report.
-        subject: "convolution", the middle one of a layer; "layer"; or "model".
+        subject: "convolution", one of a layer; "layer"; or "model".
         scale: of a convolution or a layer.
+        part: which convolution.
         preset: of a model; None is a tiny one.
         batch: samples.
         passes: what is timed: forward (with log-det), training (forward and backward), inverse.
@@ -83,6 +98,7 @@ class Case:
     rivals: tuple[str, ...]
     inversions: tuple[str, ...] = ()
     scale: Scale | None = None
+    part: Part = "middle"
     preset: str | None = None
     resources: bool = False
     priority: int = 0
@@ -90,7 +106,8 @@ class Case:
     @property
     def name(self) -> str:
         what = self.scale or (f"{self.preset} model" if self.preset else "tiny model")
-        return f"{what}, batch {self.batch}, {self.mode.name}"
+        part = "" if self.part == "middle" else f", {self.part}"
+        return f"{what}{part}, batch {self.batch}, {self.mode.name}"
 
     def rivals_of(self, pass_: Pass) -> tuple[str, ...]:
         return self.inversions if pass_ == "inverse" else self.rivals
@@ -114,6 +131,8 @@ def all_cases(device: torch.device, extent: Extent) -> list[Case]:
         if gpu:
             rivals += ("ours, graph", "torch, graph")
         single = mode is FLOAT32  # an inversion never takes less
+        if not gpu and not single:
+            rivals += ("float32",)
         inversions: tuple[str, ...] = ("ours", "paper", "one by one, cached")
         if full:
             inversions = ("ours", "torch", "fixed point", *inversions[1:], "one by one")
@@ -128,13 +147,17 @@ def all_cases(device: torch.device, extent: Extent) -> list[Case]:
                      resources=single, priority=priority)
             )  # fmt: skip
 
-    def convolutions(scales: Sequence[Scale], batch: int, mode: Mode, priority: int) -> None:
-        rivals = ("ours", "dense", "dense, channels last")
+    def convolutions(
+        scales: Sequence[Scale], batch: int, mode: Mode, priority: int, part: Part = "middle"
+    ) -> None:
+        rivals: tuple[str, ...] = ("ours", "dense")
+        if gpu:  # where the layout is ours to choose
+            rivals += ("dense, channels last",)
         passes: tuple[Pass, ...] = ("forward", "training") if full else ("forward",)
         for scale in scales:
             cases.append(
                 Case("convolution", "convolution", mode, batch, passes, rivals, scale=scale,
-                     priority=priority)
+                     part=part, priority=priority)
             )  # fmt: skip
 
     def model(preset: str, batch: int, samples: int, mode: Mode, priority: int) -> None:
@@ -188,7 +211,10 @@ def all_cases(device: torch.device, extent: Extent) -> list[Case]:
             convolutions(CIFAR10, 8, BFLOAT16, 0)
             layers(CIFAR10, 8, BFLOAT16, 0)
         if full:
-            convolutions(MNIST, 8, FLOAT32, 0)
+            convolutions((*MNIST, SINGLE), 8, FLOAT32, 0)
+            for part in ("first", "last"):
+                convolutions((*CIFAR10, *MNIST), 8, FLOAT32, 0, part)
+            convolutions((TINY,), 8, FLOAT32, 0)
         layers(MNIST if full else MNIST[:1], 32 if full else 8, FLOAT32, 0)
         model("mnist", 8, 16, FLOAT32, 1)
         if full:

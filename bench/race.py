@@ -57,8 +57,11 @@ class Problem:
         if case.subject == "convolution":
             assert case.scale is not None
             colours, units, side = case.scale
-            shape: tuple[int, ...] = (colours * units, side, side)
-            self.module = MaskedConv2d(shape[0], shape[0], 3, colours=colours).to(case.mode.dtype)
+            wide = colours * units
+            ends = {"first": (colours, wide), "middle": (wide, wide), "last": (wide, colours)}
+            shape: tuple[int, ...] = (ends[case.part][0], side, side)
+            conv = MaskedConv2d(shape[0], ends[case.part][1], 3, colours=colours)
+            self.module = conv.to(case.mode.dtype)
             self.names: tuple[str, ...] = ("out",)
         elif case.subject == "layer":
             assert case.scale is not None
@@ -196,6 +199,7 @@ class Subject:
 
     def __init__(self, problem: Problem, rival: Rival) -> None:
         self.problem = problem
+        self.autocast = problem.autocast and rival.autocast
         self.backend = insist(rival.backend, problem.device)
         self.module = rival.prepare(copy.deepcopy(problem.module))
         layout = rival.layout
@@ -209,7 +213,7 @@ class Subject:
         ]
 
     def run(self, x: Tensor) -> Tensors:
-        device, mode, on = self.problem.device.type, self.problem.mode, self.problem.autocast
+        device, mode, on = self.problem.device.type, self.problem.mode, self.autocast
         with use_backend(self.backend), torch.autocast(device, mode.dtype if on else None, on):
             return self.problem.named(self.map(x))
 

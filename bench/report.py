@@ -246,7 +246,7 @@ def _losses(results: Result) -> list[str]:
 
 
 def _missing(results: Result) -> list[str]:
-    """Rivals that could not run, or had no memory, and cases for which no time was left."""
+    """What could not run, had no memory, or no time left."""
 
     def line(entry: Entry) -> str:
         return f"{entry}: {entry.found['status']}: {entry.found['reason']}"
@@ -260,6 +260,6 @@ def _missing(results: Result) -> list[str]:
         found += [
             f"{section}: {name}: {case['status']}: {case['reason']}"
             for name, case in cases.items()
-            if case.get("status") in ("skipped", "out of memory")
+            if case.get("status") in ("skipped", "unavailable", "out of memory")
         ]
     return found

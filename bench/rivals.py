@@ -46,6 +46,7 @@ class Rival:
         backend: of the library, see :func:`mintnet_triton.use_backend`.
         layout: of images and weights.
         graph: replay a CUDA graph; on a GPU only.
+        autocast: under it, where the case is.
     """
 
     prepare: Callable[[nn.Module], nn.Module] = same
@@ -53,6 +54,7 @@ class Rival:
     backend: str = "auto"
     layout: torch.memory_format = torch.contiguous_format
     graph: bool = False
+    autocast: bool = True
 
 
 def insist(backend: str, device: torch.device) -> str:
@@ -122,6 +124,8 @@ RIVALS = {
     # The library in plain PyTorch.
     "torch": Rival(backend="torch"),
     "compiled": Rival(wrap=compiled, backend="torch"),
+    # Without autocast.
+    "float32": Rival(autocast=False),
     # The paper's formulas read literally.
     "naive": Rival(prepare=literally, backend="torch"),
     # cuDNN's or oneDNN's convolution, for a masked convolution alone; the faster one counts.

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import machine, memory
-from bench.cases import BFLOAT16, FLOAT16, FLOAT32, TF32, Extent, all_cases
+from bench.cases import BFLOAT16, FLOAT16, FLOAT32, TF32, Extent, Mode, all_cases, is_emulated
 from bench.ceilings import measure_ceilings
 from bench.models import measure_models
 from bench.race import Result, compile_kernels, measure, verdict
+from bench.rivals import UnavailableError
 from bench.sampling import measure_curves, measure_solvers
 from bench.timing import Clock
 from mintnet_triton.kernels.backend import INTERPRETED
@@ -42,10 +43,21 @@ def tasks(device: torch.device, extent: Extent) -> list[Task]:
     modes = [FLOAT32, TF32, BFLOAT16, FLOAT16] if gpu else [FLOAT32, BFLOAT16]
     if extent == "tiny":
         modes = modes[:1]
-    found = [Task("ceilings", mode.name, partial(measure_ceilings, mode, extent)) for mode in modes]
+
+    def unless_emulated(mode: Mode, work: Callable[[Clock], Result]) -> Callable[[Clock], Result]:
+        if extent != "tiny" and is_emulated(mode, device):
+            return partial(leave_out, mode)
+        return work
+
+    found = [
+        Task(
+            "ceilings", mode.name, unless_emulated(mode, partial(measure_ceilings, mode, extent))
+        )
+        for mode in modes
+    ]  # fmt: skip
     found += [
         Task(
-            case.section, case.name, partial(measure, case),
+            case.section, case.name, unless_emulated(case.mode, partial(measure, case)),
             partial(compile_kernels, case) if case.priority < 2 else None, case.priority,
         )
         for case in all_cases(device, extent)
@@ -62,6 +74,15 @@ def tasks(device: torch.device, extent: Extent) -> list[Task]:
         models = partial(measure_models, "mnist", 8)
         found.append(Task("models", "size of the mnist model, batch 8", models, priority=2))
     return sorted(found, key=lambda task: task.priority)
+
+
+def leave_out(mode: Mode, clock: Clock) -> Result:
+    """Nothing is measured.
+
+    Raises:
+        UnavailableError: always.
+    """
+    raise UnavailableError(f"left out, for this processor has no instructions for {mode.name}")
 
 
 def clock_for(device: torch.device, extent: Extent, *, once: bool = False) -> Clock:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import Case, Pass, all_cases
+from bench.cases import Case, Pass, all_cases, is_emulated
 from bench.race import Problem, precision_of
 from bench.rivals import UnavailableError
 
@@ -43,6 +43,8 @@ def test_case(
     rival: str,
 ) -> None:
     device = torch.device(request.config.getoption("device"))
+    if is_emulated(case.mode, device):
+        pytest.skip(f"this processor has no instructions for {case.mode.name}")
     if problems.get("case") is not case:
         problems.clear()
         problems |= {"case": case, "problem": Problem(case, device)}

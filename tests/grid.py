@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,11 @@ def over(
     """
     cases = full(allowed, main, **values) if FULL else pairwise(allowed, **values)
     return pytest.mark.parametrize("case", cases, ids=_name)
+
+
+def thinned(every: Iterable[tuple[Any, ...]], kept: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Arguments of a test: every case, of which those that are not kept run in full alone."""
+    return [one if one in kept else pytest.param(*one, marks=pytest.mark.full) for one in every]
 
 
 def _name(case: Case) -> str:

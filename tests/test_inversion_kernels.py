@@ -68,7 +68,11 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(
-    ("colours", "units", "kernels", "activation", "size", "ordering", "numbers"), LAYERS
+    ("colours", "units", "kernels", "activation", "size", "ordering", "numbers"),
+    grid.thinned(
+        ((*layer, numbers) for *layer, _ in LAYERS for numbers in ("float64", "float32")),
+        kept=LAYERS,
+    ),
 )
 def test_a_layer_is_inverted_as_in_torch(
     colours: int,

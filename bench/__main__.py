@@ -21,6 +21,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the most important cases alone: two minutes on two slow cores",
     )  # fmt: skip
     running.add_argument("--extent", choices=EXTENTS, help="how many cases: full by default")
+    running.add_argument("--sections", nargs="+", default=(), help="these alone, as in the result")
     running.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     running.add_argument("--threads", type=int, help="of a CPU; by default, as torch chooses")
     running.add_argument("--out", type=Path, help="folder; by default out/bench/MACHINE")
@@ -65,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     out = options.out or machine.ROOT / "out" / "bench" / machine.folder(machine.describe(device))
     out.mkdir(parents=True, exist_ok=True)
-    result = run(device, options.extent, out / "run.json")
+    result = run(device, options.extent, out / "run.json", options.sections)
     text = report.render(result)
     (out / "run.md").write_text(text + "\n", encoding="utf-8")
     plot.save(result, out)

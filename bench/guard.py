@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -31,7 +32,7 @@ from bench.counting import (
     count_operators,
     tiles_of,
 )
-from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer, wavefront
+from mintnet_triton.kernels import _configs, backend, inversion, masked_conv, mint_layer, wavefront
 from mintnet_triton.kernels.reference import Structure
 from mintnet_triton.ordering import Order
 
@@ -117,8 +118,9 @@ def inputs(scale: Scale, batch: int = BATCH) -> torch.Tensor:
 
 
 def count_in_torch(work: Work) -> Figures:
-    """What plain PyTorch does, whatever else is installed."""
-    with mint.use_backend("torch"):
+    """What plain PyTorch does, whatever else is installed, and what the processor multiplies."""
+    everything = patch.object(backend, "multiplies", lambda dtype: True)
+    with mint.use_backend("torch"), everything:
         return count_operators(work)
 
 

@@ -8,7 +8,7 @@ scale, and "passes", each with the "rivals": a rival has its times in "ms", by r
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,8 +107,14 @@ def measured(task: Task, clock: Clock) -> Result:
     return result | {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def run(device: torch.device, extent: Extent, path: Path) -> dict[str, Any]:
-    """Measure, with a bar of progress; the file is renewed after every case."""
+def run(
+    device: torch.device, extent: Extent, path: Path, sections: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure, with a bar of progress; the file is renewed after every case.
+
+    Args:
+        sections: to measure these alone, and no memory.
+    """
     from tqdm import tqdm  # here, for bench.gpu has to do without
 
     result: dict[str, Any] = {
@@ -116,13 +122,15 @@ def run(device: torch.device, extent: Extent, path: Path) -> dict[str, Any]:
         "results": {},
     }
     clock = clock_for(device, extent)
-    with tqdm(tasks(device, extent), unit="case") as bar:
+    everything = tasks(device, extent)
+    chosen = [task for task in everything if not sections or task.section in sections]
+    with tqdm(chosen, unit="case") as bar:
         for task in bar:
             bar.set_postfix_str(f"{task.section}: {task.name}")
             section = result["results"].setdefault(task.section, {})
             section[task.name] = measured(task, clock)
             write(path, result)
-    if device.type == "cpu":
+    if device.type == "cpu" and not sections:
         add_memory(result["results"], memory.in_fresh_process(extent))
         write(path, result)
     return result

@@ -497,6 +497,13 @@ def test_run_from_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "scaling.png").exists()
 
 
+def test_run_of_some_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "--extent", "tiny", "--sections", "ceilings", "--out", str(tmp_path)]
+    assert __main__.main(command) == 0
+    assert run.read(tmp_path / "run.json")["results"].keys() == {"ceilings"}
+    assert "matrix product" in capsys.readouterr().out
+
+
 def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--skip-tests", "--out"]
     done = subprocess.run(

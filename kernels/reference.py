@@ -107,12 +107,12 @@ def blocks_of(x: Tensor, weight: Tensor, colours: int) -> int:
     """Blocks of colours to convolve one by one: 1, where more of them do not save a tenth.
 
     Convolutions take channels in vectors, so that blocks multiply more than the mask leaves; each
-    copies what it sees of x; and it has a start that few pixels do not pay for. What it comes to,
-    measured on a core with AVX-512, against one block: of a layer's middle convolution 0.84 with
-    85 channels a colour, 3 blocks; 0.71 with 21 a colour, 4 blocks; 0.80 with 5 a colour, 3 blocks;
-    where this says 1, the fastest of 2 to 4 took 1.3 times as long with 11 a colour, 1.9 times with
-    2, and 1.4 to 1.7 times to get back from 85 or 21 to one a colour (batches of 8 of the models of
-    the paper, forward and backward).
+    copies what it sees of x; and it has a start that few pixels do not pay for. So it comes about
+    that, at batches of 8 on a core with AVX-512, forward and backward, the middle convolution of
+    the paper's layers takes 0.81, 0.69 and 0.78 times as long as in one block, with 85, 21 and 5
+    channels a colour (``python -m bench run --sections convolution``); and that this says 1 where
+    the fastest of 2 to 4 blocks took 1.4 times as long, with 11 channels a colour, 1.8 times, with
+    2, and 1.5 times, back from 85 or 21 channels a colour to one.
     """
     outputs, inputs, kernel, _ = weight.shape
     taps, pixels = kernel * kernel, x.shape[0] * x.shape[2] * x.shape[3]

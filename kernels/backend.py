@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from mintnet_triton.kernels.activation import Activation, is_known
 _LOG = logging.getLogger("mintnet_triton")
 
 _NAMES = ("auto", "torch", "triton")
-_choice = "auto"
+#: of the blocks that have been entered, by whatever thread; the last one holds
+_choices = ["auto"]
 
 #: most pixels in a batch: kernels count them in 32 bits, by tiles that may reach beyond the last
 MOST_PIXELS = 2**31 - 2**16
@@ -55,29 +57,43 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is none of the three.
         BackendError: ``"triton"``, and Triton is not installed.
     """
-    global _choice
     if name not in _NAMES:
         raise ValueError(f"name must be 'auto', 'torch' or 'triton', got {name!r}")
     if name == "triton" and not TRITON_INSTALLED:
         raise BackendError("Triton is not installed; use 'auto' or 'torch'")
-    previous, _choice = _choice, name
+    _choices.append(name)
     try:
         yield
     finally:
-        _choice = previous
+        # Its own, though another thread may have entered a block since.
+        del _choices[len(_choices) - 1 - _choices[::-1].index(name)]
+
+
+_precision = Lock()
+_full, _before = 0, ("highest", False)
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the block, float32 is not multiplied in TensorFloat-32, by any backend."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """Within the block, float32 is not multiplied in TensorFloat-32, by any backend.
+
+    These are settings of the process: they come back when the last thread has left its block.
+    """
+    global _full, _before
+    with _precision:
+        if not _full:
+            _before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        _full += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        with _precision:
+            _full -= 1
+            if not _full:
+                torch.set_float32_matmul_precision(_before[0])
+                torch.backends.cudnn.allow_tf32 = _before[1]
 
 
 def use_triton(x: Tensor, activation: Activation | None = None, watched: bool = False) -> bool:
@@ -90,12 +106,12 @@ def use_triton(x: Tensor, activation: Activation | None = None, watched: bool = 
         BackendError: the chosen backend is ``"triton"``, and the kernels cannot run; or they can,
             but ``x`` has more pixels than they can count.
     """
-    if _choice == "torch" or is_exported():
+    if _choices[-1] == "torch" or is_exported():
         return False
-    if _choice == "auto" and not x.is_cuda:
+    if _choices[-1] == "auto" and not x.is_cuda:
         return False
     obstacle = "hooks look at its convolutions" if watched else _obstacle(x, activation)
-    if obstacle and _choice == "triton":
+    if obstacle and _choices[-1] == "triton":
         raise BackendError(f"the Triton kernels cannot run: {obstacle}; use 'auto' or 'torch'")
     if not obstacle:
         check_pixels(x)
@@ -109,7 +125,7 @@ def use_numba(x: Tensor, hidden: object, dtype: torch.dtype) -> bool:
     """
     known = not isinstance(hidden, Activation) or is_known(hidden)
     suits = x.device.type == "cpu" and x.dtype == dtype and known
-    return suits and _choice != "torch" and numba_compiles()
+    return suits and _choices[-1] != "torch" and numba_compiles()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

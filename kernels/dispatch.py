@@ -50,6 +50,10 @@ class FrozenWeights:
     """
 
     def __init__(self, weights: MintWeights) -> None:
+        self.replace(weights)
+
+    def replace(self, weights: MintWeights) -> None:
+        """Other weights, of another dtype or device."""
         self.weights = weights
         self._packed_for_cpu: Any = None
         #: by dtype, with what other streams than that of the packing have to wait for

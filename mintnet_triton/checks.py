@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 class NonFiniteError(ValueError):
@@ -31,6 +33,8 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {type(x).__name__} of {x.layout}")
     got = x.shape
     if len(got) != len(shape) + 1:
         raise ValueError(
@@ -74,10 +78,12 @@ def _autocast_takes(x: Tensor, like: Tensor) -> bool:
     )
 
 
-def is_traced() -> bool:
-    """Under ``torch.compile`` or a transform of ``torch.func``, where values are not known."""
+def is_traced(x: Tensor) -> bool:
+    """Whether values are not known: in a graph, a transform of ``torch.func``, or a fake tensor."""
     return (
         torch.compiler.is_compiling()
+        or isinstance(x, FakeTensor)
+        or get_proxy_mode() is not None
         or torch._C._get_tracing_state() is not None
         or bool(torch._C._functorch.peek_interpreter_stack())
     )
@@ -92,7 +98,7 @@ def check_finite(name: str, x: Tensor) -> None:
     Raises:
         NonFiniteError: with the number of such values and the index of the first.
     """
-    if is_traced():
+    if is_traced(x):
         return
     # A sum is finite only if all that it adds up is, and takes one pass; it may itself overflow.
     total = x.sum(dtype=torch.float32) if x.dtype is torch.float16 else x.sum()

@@ -16,7 +16,7 @@ from mintnet_triton.checks import (
 from mintnet_triton.flow import squeeze_positions, squeezed
 from mintnet_triton.hooks import has_to_be_called
 from mintnet_triton.kernels import Activation
-from mintnet_triton.mint import MintLayer, Squeeze
+from mintnet_triton.mint import MintLayer, Squeeze, first_t
 from mintnet_triton.ordering import Order
 from mintnet_triton.presets import model_arguments
 
@@ -136,18 +136,13 @@ class MintClassifier(nn.Module):
         """
         return cls(**{**model_arguments(name, "classifier"), **changes})
 
-    def _like(self) -> Tensor | None:
-        """t of the first layer, whose dtype and device are those of images."""
-        layers = (module for module in self.modules() if isinstance(module, MintLayer))
-        return next((layer.t for layer in layers), None)
-
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, classes) of images (B, C, H, W).
 
         Raises:
             TypeError, ValueError: images are not a finite tensor of the right shape and dtype.
         """
-        check_tensor("images", images, self.input_shape, like=self._like())
+        check_tensor("images", images, self.input_shape, like=first_t(self))
         if images.shape[1] > self.width:
             raise ValueError(f"images have {images.shape[1]} channels, more than {self.width}")
         x = F.pad(images, (0, 0, 0, 0, 0, self.width - images.shape[1]))

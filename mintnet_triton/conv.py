@@ -1,5 +1,9 @@
 """Masked convolutions: convolutions that respect an order of the variables."""
 
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +30,7 @@ class MaskedConv2d(nn.Module):
         order: ``"channel"`` or ``"pixel"``.
         strict: hide the output's own variable too (PixelCNN's first layer, its mask A).
         bias: learn a bias, True by default.
+        device, dtype: of the parameters; torch's defaults if None.
 
     Weights and bias start as those of ``nn.Conv2d``.
 
@@ -44,6 +49,8 @@ class MaskedConv2d(nn.Module):
         order: Order = "channel",
         strict: bool = False,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         in_channels, out_channels, colours = check_positive(
@@ -53,42 +60,70 @@ class MaskedConv2d(nn.Module):
         for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
             if count % colours:
                 raise ValueError(f"{name} must be a multiple of colours={colours}, got {count}")
+        self.in_channels, self.out_channels, self.kernel_size = (
+            in_channels,
+            out_channels,
+            kernel_size,
+        )
         self.ordering = Ordering(order, triangle)
         self.strict = strict
-        dense = nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias)
+        dense = nn.Conv2d(
+            in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype
+        )
         self.weight, self.bias = dense.weight, dense.bias
         self.colours = colours
         #: derived, hence no buffer, which people average and load
         self._seen = self._what_is_seen()
 
+    def reset_parameters(self) -> None:
+        """Start weights and bias as ``nn.Conv2d`` does, anew."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            reach = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -reach, reach)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._seen = self._what_is_seen()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._seen = self._what_is_seen()  # `assign=True` may have changed device and dtype
+
     @property
     def mask(self) -> Tensor:
         """What an output colour sees, (C, C, k, k), bool: colours out and in, row, column."""
-        size = self.weight.shape[-1]
-        mask = self.ordering.conv_mask(self.colours, size, strict=self.strict)
-        return mask.to(self.weight.device)
+        with torch.device(self._like().device):
+            return self.ordering.conv_mask(self.colours, self.kernel_size, strict=self.strict)
 
+    def _like(self) -> Tensor:
+        """A tensor of the weight's device and dtype, also where a hook has yet to compute it."""
+        like = next(self.parameters(), None)
+        return self._seen if like is None else like
+
+    @torch.inference_mode(False)  # it may be needed for gradients later
     def _what_is_seen(self) -> Tensor:
         """The mask as zeros and ones to multiply the weight by.
 
         (out_channels, in_channels, k, k), or a shape that is broadcast to it; where it would be
         large, (C, 1, in_channels, k, k), for all units of an output colour.
         """
-        outputs, inputs, *_ = self.weight.shape
-        units = outputs // self.colours
-        seen = self.mask.repeat_interleave(inputs // self.colours, 1).to(self.weight.dtype)
+        units = self.out_channels // self.colours
+        mask = self.mask.repeat_interleave(self.in_channels // self.colours, 1)
+        seen = mask.to(self._like().dtype)
         if units == 1 or self.colours == 1:
             return seen
-        if self.weight.numel() <= SMALL:
+        if seen.numel() * units <= SMALL:
             return seen.repeat_interleave(units, 0)
         return seen.unsqueeze(1)
 
     def masked_weight(self) -> Tensor:
         """Effective weight (out_channels, in_channels, k, k), a new contiguous tensor."""
         weight, seen = self.weight, self._seen
-        if seen.dtype is not weight.dtype or seen.device != weight.device:
-            with torch.inference_mode(False):  # it may be needed for gradients later
-                seen = self._seen = self._what_is_seen()
+        if seen.is_meta and not weight.is_meta:  # of weights that are given for a call
+            seen = self._what_is_seen()
+        seen = seen.to(weight.device, weight.dtype)
         if seen.ndim == 5:
             by_colour = weight.reshape(self.colours, -1, *weight.shape[1:])
             return (by_colour * seen).reshape(weight.shape).contiguous()
@@ -107,9 +142,9 @@ class MaskedConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        outputs, inputs, size, _ = self.weight.shape
         return (
-            f"{inputs}, {outputs}, kernel_size={size}, colours={self.colours}, "
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"colours={self.colours}, "
             f"triangle={self.ordering.triangle!r}, order={self.ordering.order!r}, "
             f"strict={self.strict}, bias={self.bias is not None}"
         )

@@ -17,7 +17,7 @@ from mintnet_triton.checks import (
 )
 from mintnet_triton.inverse import Chain, Invertible, Shape
 from mintnet_triton.kernels import Activation
-from mintnet_triton.mint import MintPair, Squeeze
+from mintnet_triton.mint import MintPair, Squeeze, first_t
 from mintnet_triton.ordering import Order
 from mintnet_triton.presets import model_arguments
 from mintnet_triton.solvers import Solver, log_det_dtype
@@ -129,7 +129,13 @@ class MintNet(Chain):
                     initialisation="near_identity" if near_identity else "density",
                 )
             )
-        self.latent_shape = (channels, *size)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of z, at the last scale."""
+        channels, height, width = self.image_shape
+        factor = 2 ** sum(isinstance(layer, Squeeze) for layer in self.layers)
+        return channels * factor**2, height // factor, width // factor
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
@@ -215,9 +221,7 @@ class MintNet(Chain):
         return x.to(self._like().dtype), standard_normal_log_prob(z) - log_det
 
     def _like(self) -> Tensor:
-        like = super()._like()
-        assert like is not None
-        return like
+        return first_t(self)
 
     def _latents(self, n: int, generator: torch.Generator | None, temperature: float) -> Tensor:
         n = check_integer("n", n, least=0)

@@ -5,8 +5,8 @@ A Mint layer computes its three convolutions at once, and an inverse calls no ``
 
 - forward pre-hooks run before weights are read, for they may compute them, as pruning and the old
   ``weight_norm`` and ``spectral_norm`` do; there is no input yet to show them;
-- forward and backward hooks look at inputs and outputs, and run around a convolution that is
-  computed on its own, in plain PyTorch.
+- hooks that look at inputs, outputs or gradients run around a convolution that is computed on its
+  own, in plain PyTorch; pre-hooks that do so are found when they run without an input.
 """
 
 import weakref
@@ -31,41 +31,59 @@ class _NoInput:
     __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = _refuse
 
 
-def run_weight_hooks(module: nn.Module, name: str | None = None) -> None:
-    """Let the forward pre-hooks of a module compute its weights.
+def run_weight_hooks(module: nn.Module) -> None:
+    """Let the forward pre-hooks of a module compute its weights, where ``__call__`` does not.
+
+    They run where some weight is computed: a plain tensor, and no parameter. One that wants its
+    input is left for the forward pass.
+    """
+    if any(isinstance(value, Tensor) for value in vars(module).values()):
+        for key in module._forward_pre_hooks:
+            _wants_input(module, key)
+
+
+def run_conv_hooks(conv: nn.Module, watching: set[int], name: str) -> None:
+    """Let the forward pre-hooks of a convolution compute its weights, in whatever way.
 
     Args:
-        module: whose ``__call__`` will not run them.
-        name: of the module, if all of its hooks have to be such. Else hooks run where some weight
-            is computed, a plain tensor and no parameter, and those that want an input are left for
-            the forward pass.
+        conv: computed together with others.
+        watching: keys of hooks that want their input, which are left for :func:`call_watched`;
+            others that are found to do so are added.
+        name: of the convolution, for the message.
 
     Raises:
-        HookError: a hook of a module with a name looks at its input, keeps it, or returns another.
+        HookError: a hook keeps what it gets for an input.
     """
-    computed = any(isinstance(value, Tensor) for value in vars(module).values())
-    if name is None and not computed:
-        return
-    for key, hook in module._forward_pre_hooks.items():
-        nothing = _NoInput()
-        alive = weakref.ref(nothing)
-        keywords: tuple[dict[str, Any], ...] = ()
-        if key in module._forward_pre_hooks_with_kwargs:
-            keywords = ({},)
-        try:
-            wanted = hook(module, nothing, *keywords) is not None
-        except HookError:
-            wanted = True
-        del nothing
-        if name is not None and (wanted or alive() is not None):
-            raise HookError(
-                f"a forward pre-hook of {name} wants its input; inside a layer, pre-hooks run "
-                "before there is any, to compute weights. A forward hook gets the input as well"
-            )
+    for key in conv._forward_pre_hooks:
+        if key not in watching and _wants_input(conv, key, name):
+            watching.add(key)
+
+
+def _wants_input(module: nn.Module, key: int, name: str | None = None) -> bool:
+    """Run a forward pre-hook without an input, and tell whether it looked for one."""
+    nothing = _NoInput()
+    alive = weakref.ref(nothing)
+    try:
+        wanted = _run_pre_hook(module, key, nothing) is not None
+    except HookError:
+        wanted = True
+    del nothing
+    if name is not None and not wanted and alive() is not None:
+        raise HookError(
+            f"a forward pre-hook of {name} keeps its input unseen, and there is none yet: inside a "
+            "layer, pre-hooks run first, to compute weights. A forward hook gets the input as well"
+        )
+    return wanted
+
+
+def _run_pre_hook(module: nn.Module, key: int, inputs: Any) -> Any:
+    with_keywords = key in module._forward_pre_hooks_with_kwargs
+    keywords: tuple[dict[str, Any], ...] = ({},) if with_keywords else ()
+    return module._forward_pre_hooks[key](module, inputs, *keywords)
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks look at the inputs, outputs or gradients of a module."""
+    """Whether hooks look at the outputs or gradients of a module."""
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -81,12 +99,16 @@ def has_to_be_called(module: nn.Module) -> bool:
 
 
 def call_watched(
-    name: str, module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor
+    name: str,
+    module: nn.Module,
+    watching: set[int],
+    compute: Callable[[Tensor], Tensor],
+    x: Tensor,
 ) -> Tensor:
     """``compute(x)``, the forward of a module, with the hooks that look at it.
 
     Raises:
-        HookError: a forward hook returns another output, which would belie the determinant, or
+        HookError: a hook returns another input or output, which would belie the determinant, or
             there are backward hooks of the old kind.
     """
     full, old = module._get_backward_hooks() if module._backward_hooks else ([], [])
@@ -96,6 +118,9 @@ def call_watched(
             "register_full_backward_hook"
         )
     inputs: tuple[Tensor, ...] = (x,)
+    for key in watching & module._forward_pre_hooks.keys():
+        if _run_pre_hook(module, key, inputs) is not None:
+            raise _other_value(name, "forward pre-hook", "input")
     around = None
     if full or module._backward_pre_hooks:
         around = BackwardHook(module, full, list(module._backward_pre_hooks.values()))
@@ -106,10 +131,14 @@ def call_watched(
         keywords: tuple[dict[str, Any], ...] = ({},) if with_keywords else ()
         returned = hook(module, inputs, *keywords, output)
         if returned is not None and returned is not output:
-            raise HookError(
-                f"a forward hook of {name} returns another output; the determinant of a Mint layer "
-                "holds for what its convolutions compute. Change their weights instead"
-            )
+            raise _other_value(name, "forward hook", "output")
     if around is not None:
         output = around.setup_output_hook(output)
     return output
+
+
+def _other_value(name: str, hook: str, value: str) -> HookError:
+    return HookError(
+        f"a {hook} of {name} returns another {value}; the determinant of a Mint layer holds for "
+        "what its convolutions compute. Change their weights instead"
+    )

@@ -5,6 +5,7 @@ network) is not triangular and is inverted stage by stage, from the last to the 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
@@ -30,6 +31,7 @@ from mintnet_triton.solvers import (
 from mintnet_triton.views import tensors_of, view_of
 
 Shape = tuple[int | None, ...]
+CPU = torch.device("cpu")
 
 
 class Invertible(nn.Module):
@@ -320,7 +322,9 @@ def _invert(
         if len(reference) != len(z):
             raise ValueError(f"reference has {len(reference)} samples, z has {len(z)}")
     solver = solver.with_tolerance(solver.tolerance_for(z.dtype))
-    with torch.autocast(z.device.type, enabled=False), full_float32():
+    # A default device of the user's may be another one than that of z.
+    default = torch.device(z.device) if torch.get_default_device() != CPU else nullcontext()
+    with torch.autocast(z.device.type, enabled=False), full_float32(), default:
         return _solve_stages(module, z, solver, trace, reference, certify)
 
 

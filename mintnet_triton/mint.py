@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, SupportsIndex, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.checks import as_kernel_sizes, as_size, check_positive
 from mintnet_triton.conv import MaskedConv2d
-from mintnet_triton.hooks import call_watched, is_watched, run_weight_hooks
+from mintnet_triton.hooks import call_watched, is_watched, run_conv_hooks, run_weight_hooks
 from mintnet_triton.inverse import Chain, Invertible, Reshaping, Shape
 from mintnet_triton.kernels import (
     Activation,
@@ -47,6 +48,16 @@ _TENSORS = ("weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "t")
 Initialisation = Literal["density", "classifier", "near_identity"]
 
 
+class _Blocks(list[FrozenWeights]):
+    """What the :func:`frozen` blocks around a layer keep, of which there may be several threads'.
+
+    A copy of a layer has parameters of its own, and none of this.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type["_Blocks"], tuple[()]]:
+        return _Blocks, ()
+
+
 class MintLayer(TriangularMap):
     """``m(x) = t x + sum_i W3_i h(sum_j W2_ij h(W1_j x + b1_j) + b2_ij) + b3_i``.
 
@@ -76,6 +87,7 @@ class MintLayer(TriangularMap):
             t starts at 1.
         recompute: keep x alone for the backward pass, and compute the hidden layers again there;
             an attribute that may be set at any time.
+        device, dtype: of the parameters; torch's defaults if None.
 
     Raises:
         ValueError, TypeError: an argument outside its range.
@@ -92,6 +104,8 @@ class MintLayer(TriangularMap):
         activation: str | Activation = "elu",
         initialisation: Initialisation = "density",
         recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         channels, hidden = check_positive(channels=channels, hidden=hidden)
@@ -99,37 +113,60 @@ class MintLayer(TriangularMap):
         self.ordering = Ordering(order, triangle)
         self.activation = find_activation(activation)
         self.recompute = recompute
-        self._frozen: FrozenWeights | None = None
+        self._blocks = _Blocks()
+        self._watching: set[int] = set()  # pre-hooks of convolutions that want their input
+        if initialisation not in get_args(Initialisation):
+            raise ValueError(
+                f"initialisation must be one of {get_args(Initialisation)}, got {initialisation!r}"
+            )
+        self.initialisation = initialisation
         if self.activation.slope is None:
             raise ValueError(
                 f"activation {self.activation.name!r} must have a slope for use in a Mint layer"
             )
         widths = (channels, channels * hidden, channels * hidden, channels)
         self.conv1, self.conv2, self.conv3 = (
-            MaskedConv2d(inputs, outputs, side, colours=channels, triangle=triangle, order=order)
+            MaskedConv2d(
+                inputs,
+                outputs,
+                side,
+                colours=channels,
+                triangle=triangle,
+                order=order,
+                device=device,
+                dtype=dtype,
+            )
             for inputs, outputs, side in zip(
                 widths, widths[1:], as_kernel_sizes(kernel_size), strict=False
             )
         )
-        self.t = nn.Parameter(torch.ones(channels, *self.size))
-        self._initialise(initialisation)
+        self.t = nn.Parameter(torch.empty(self.input_shape, device=device, dtype=dtype))
+        self._initialise()
 
-    def _initialise(self, initialisation: Initialisation) -> None:
-        if initialisation not in ("density", "classifier", "near_identity"):
-            raise ValueError(
-                "initialisation must be 'density', 'classifier' or 'near_identity', "
-                f"got {initialisation!r}"
-            )
+    def reset_parameters(self) -> None:
+        """Start all parameters anew, as ``initialisation`` says."""
         for conv in (self.conv1, self.conv2, self.conv3):
-            if initialisation == "density":
+            conv.reset_parameters()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """What is not as in ``nn.Conv2d``."""
+        nn.init.ones_(self.t)
+        for conv in (self.conv1, self.conv2, self.conv3):
+            if self.initialisation == "density":
                 nn.init.xavier_normal_(conv.weight, gain=0.005)
-            elif initialisation == "near_identity":
+            elif self.initialisation == "near_identity":
                 nn.init.normal_(conv.weight, std=1e-5)
                 nn.init.zeros_(cast(Tensor, conv.bias))
 
     @property
-    def input_shape(self) -> Shape:
+    def input_shape(self) -> tuple[int, int, int]:
         return (self.channels, *self.size)
+
+    @property
+    def _frozen(self) -> FrozenWeights | None:
+        """What the innermost :func:`frozen` block keeps."""
+        return self._blocks[-1] if self._blocks else None
 
     @property
     def _structure(self) -> tuple[Order, Triangle]:
@@ -144,11 +181,15 @@ class MintLayer(TriangularMap):
         """Masked, sign-corrected weights, computed from the parameters at each call.
 
         Raises:
-            HookError: a forward pre-hook of a convolution wants its input.
+            HookError: a forward pre-hook of a convolution keeps an input that there is not.
+        TypeError, ValueError: a convolution or a parameter has been replaced by one that does not
+            fit.
         """
         convs = [self.conv1, self.conv2, self.conv3]
         for number, conv in enumerate(convs, start=1):
-            run_weight_hooks(conv, f"'conv{number}' in a MintLayer")
+            self._check_conv(f"conv{number}", conv)
+            run_conv_hooks(conv, self._watching, f"'conv{number}' of a MintLayer")
+        self._check_tensors(convs)
         weight1, weight2, weight3 = (conv.masked_weight() for conv in convs)
         bias1, bias2, bias3 = (
             conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
@@ -163,21 +204,63 @@ class MintLayer(TriangularMap):
         )
         return weights
 
+    def _check_conv(self, name: str, conv: nn.Module) -> None:
+        """Refuse what would be called in vain, or is not of the layer's structure."""
+        if not isinstance(conv, MaskedConv2d) or (
+            (conv.ordering, conv.colours, conv.strict) != (self.ordering, self.channels, False)
+        ):
+            raise TypeError(
+                f"{name} of a MintLayer must be a MaskedConv2d of its order and colours, got {conv}"
+            )
+        kind: type[MaskedConv2d] = type_before_parametrizations(conv)
+        if "forward" in vars(conv) or kind.forward is not MaskedConv2d.forward:
+            raise TypeError(
+                f"{name} of a MintLayer has a forward of its own, and would not be called: a layer "
+                "is computed as a whole. Change its weight by torch.nn.utils.parametrize, or "
+                "override masked_weight"
+            )
+
+    def _check_tensors(self, convs: Sequence[MaskedConv2d]) -> None:
+        """Refuse what does not fit together: kernels that are compiled would read beyond it."""
+        outer, inner = self.channels, len(convs[0].weight)
+        dtype, wide = convs[0].weight.dtype, log_det_dtype(convs[0].weight)
+        widths = (outer, inner, inner, outer)
+        expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+            ("t", self.t, self.input_shape)
+        ]
+        for number, (conv, inputs, outputs) in enumerate(
+            zip(convs, widths, widths[1:], strict=False), start=1
+        ):
+            side = conv.weight.shape[-1]
+            expected += [
+                (f"conv{number}.weight", conv.weight, (outputs, inputs, side, side)),
+                (f"conv{number}.bias", conv.bias, (outputs,)),
+            ]
+        for name, tensor, shape in expected:
+            if tensor is None:
+                continue
+            if hasattr(tensor, "device_mesh"):  # a DTensor, which takes a second to import
+                raise TypeError(
+                    f"{name} of a MintLayer is sharded: call unshard() on every sharded module, or "
+                    "register what you call by register_fsdp_forward_method"
+                )
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{name} of a MintLayer must have shape {shape}, got {tuple(tensor.shape)}"
+                )
+            if tensor.dtype != dtype and (name != "t" or tensor.dtype != wide):
+                raise TypeError(f"{name} of a MintLayer is {tensor.dtype}, conv1.weight is {dtype}")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._frozen is not None:
-            weights = MintWeights(*(fn(weight) for weight in self._frozen.weights))
-            t = weights.t.to(log_det_dtype(weights.t))
-            self._frozen = FrozenWeights(weights._replace(t=t))
+        for frozen in self._blocks:
+            weights = MintWeights(*(fn(weight) for weight in frozen.weights))
+            frozen.replace(weights._replace(t=weights.t.to(log_det_dtype(weights.t))))
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return state | {"_frozen": None}  # a copy has parameters of its own
 
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._frozen = None  # it is on another device
+        replica._blocks = _Blocks()  # it is on another device
         return replica
 
     def _weights(self) -> MintWeights | FrozenWeights:
@@ -186,12 +269,16 @@ class MintLayer(TriangularMap):
     def _call(self) -> Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor] | None:
         """How to call the convolutions, if hooks look at them."""
         convs = dict(self.named_children())
-        if not any(is_watched(conv) for conv in convs.values()):
+        watched = any(
+            is_watched(conv) or self._watching & conv._forward_pre_hooks.keys()
+            for conv in convs.values()
+        )
+        if not watched:
             return None
 
         def call(number: int, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            name = f"conv{number}"
-            return call_watched(f"{name!r} in a MintLayer", convs[name], convolution, x)
+            conv, name = convs[f"conv{number}"], f"'conv{number}' of a MintLayer"
+            return call_watched(name, conv, self._watching, convolution, x)
 
         return call
 
@@ -206,8 +293,8 @@ class MintLayer(TriangularMap):
         view.__dict__.update(_parameters={}, _modules={})  # nothing to be looked at by hooks
         frozen = self._frozen and self._frozen.weights._asdict()
         if not frozen or any(frozen[name] is not tensor for name, tensor in tensors.items()):
-            view._frozen = FrozenWeights(with_centres(**tensors))  # else what is packed, is shared
-        return view
+            view._blocks = _Blocks([FrozenWeights(with_centres(**tensors))])
+        return view  # which shares what is packed, if its weights are those that are frozen
 
     def evaluator(self) -> Evaluator:
         run_weight_hooks(self)
@@ -311,6 +398,14 @@ class MintLayer(TriangularMap):
         )
 
 
+def first_t(module: nn.Module) -> Tensor:
+    """t of the first Mint layer of a network, whose dtype and device are those of its inputs.
+
+    Parameters at large are another matter: replicas have none, and a head may be quantised.
+    """
+    return next(layer.t for layer in module.modules() if isinstance(layer, MintLayer))
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Within the ``with`` block, the parameters of every Mint layer inside ``module`` stand still.
@@ -329,26 +424,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     layers = [layer for layer in module.modules() if isinstance(layer, MintLayer)]
-    previous = [layer._frozen for layer in layers]
     with torch.no_grad():
-        # Copies: a bias is used as it is, and would follow its parameter.
-        copies = []
+        kept = []
         for layer in layers:
             run_weight_hooks(layer)
-            copies.append(MintWeights(*(one.clone() for one in layer.effective_weights())))
+            # Copies: a bias is used as it is, and would follow its parameter.
+            weights = MintWeights(*(one.clone() for one in layer.effective_weights()))
+            kept.append(FrozenWeights(weights))
         try:
-            for layer, weights in zip(layers, copies, strict=True):
-                layer._frozen = FrozenWeights(weights)
+            for layer, frozen_weights in zip(layers, kept, strict=True):
+                layer._blocks.append(frozen_weights)
             yield
         finally:
-            for layer, frozen_before in zip(layers, previous, strict=True):
-                # The layer may have gone to another dtype or device meanwhile.
-                like = layer.conv2.weight
-                fits = frozen_before is not None and (
-                    frozen_before.weights.weight2.dtype == like.dtype
-                    and frozen_before.weights.weight2.device == like.device
-                )
-                layer._frozen = frozen_before if fits else None
+            for layer, frozen_weights in zip(layers, kept, strict=True):
+                layer._blocks.remove(frozen_weights)
 
 
 class MintPair(Chain, nn.Sequential):
@@ -366,6 +455,11 @@ class MintPair(Chain, nn.Sequential):
     @property
     def input_shape(self) -> Shape | None:
         return cast(MintLayer, self[0]).input_shape
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            raise TypeError("a MintPair is not sliced: pair[0] and pair[1] are its layers")
+        return super().__getitem__(index)
 
     def steps(self) -> Iterable[tuple[str, Invertible]]:
         return cast(Iterator[tuple[str, Invertible]], self.named_children())

@@ -8,7 +8,7 @@ from torch import Tensor
 from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.inverse import Invertible, as_invertible, invert
 from mintnet_triton.ordering import Ordering
-from mintnet_triton.solvers import max_error
+from mintnet_triton.solvers import max_error, relative_residual
 
 LOG_DET_TOLERANCE = 1e-9  # relative, in float64
 
@@ -35,12 +35,14 @@ class VerifyReport:
     residual: Tensor  #: (B,)
     round_trip_error: Tensor  #: (B,), max |x - inverse(forward(x))|
     log_det_mismatch: Tensor  #: (B,), |log_det + log_det of the inverse|
+    forward_error: Tensor  #: (B,), of ``model(x)`` against its layers in float64, relative
+    tolerance: float  #: what ``forward_error`` may be: half of the digits of x
 
     @property
     def ok(self) -> bool:
-        """Every layer triangular with the right log-det, every sample inverted."""
-        inverted = self.converged & self.log_det_mismatch.isfinite()
-        return all(layer.ok for layer in self.layers) and bool(inverted.all())
+        """Layers triangular with the right log-det, the model made of them, samples inverted."""
+        right = self.converged & (self.forward_error <= self.tolerance)
+        return all(layer.ok for layer in self.layers) and bool(right.all())
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers) if self.layers else 5
@@ -55,6 +57,10 @@ class VerifyReport:
             f"residual {_largest(self.residual):.1e}, error {_largest(self.round_trip_error):.1e}, "
             f"log-det mismatch {_largest(self.log_det_mismatch):.1e}"
         )
+        lines.append(
+            f"forward: error {_largest(self.forward_error):.1e} against the layers in float64, at "
+            f"most {self.tolerance:.1e} allowed"
+        )
         lines.append("verified" if self.ok else "NOT verified")
         return "\n".join(lines)
 
@@ -64,7 +70,8 @@ def verify(model: Invertible, x: Tensor) -> VerifyReport:
 
     In float64, for every triangular layer at the input that it gets: autograd's Jacobian must be
     exactly triangular in the layer's order, and its ``slogdet`` the layer's log-det. In the model's
-    own dtype: the default solver must bring ``model(x)`` back.
+    own dtype: ``model(x)`` must be what these layers give, so that no hook and no module around
+    them changes it, and the default solver must bring it back.
 
     A Jacobian of D variables takes D backward passes a sample: give few samples.
 
@@ -76,28 +83,39 @@ def verify(model: Invertible, x: Tensor) -> VerifyReport:
         TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
     """
     model = as_invertible("model", model)
-    if isinstance(x, Tensor) and x.ndim and not len(x):
+    model.check("x", x, model.input_shape)
+    if not len(x):
         raise ValueError("x must have at least one sample, got none")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         y, log_det = model(x)
     result = invert(model, y)
 
     stages = [("", model)] if isinstance(model, TriangularMap) else list(model.stages())
     point = x.detach().double()
+    exact_log_det = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     reports = []
     for name, stage in stages:
         exact = stage.in_dtype(torch.float64)
         if isinstance(exact, TriangularMap):
             reports.append(_verify_layer(name or type(stage).__name__, exact, point))
         with torch.no_grad():
-            point, _ = exact._forward(point)
+            point, step_log_det = exact._forward(point)
+            exact_log_det += step_log_det
     return VerifyReport(
         layers=tuple(reports),
         converged=result.converged,
         residual=result.residual,
         round_trip_error=max_error(result.x, x.detach()),
         log_det_mismatch=(log_det + result.log_det).abs(),
+        forward_error=torch.maximum(
+            relative_residual(y.double(), point), _relative(log_det.double(), exact_log_det)
+        ),
+        tolerance=torch.finfo(x.dtype).eps ** 0.5,
     )
+
+
+def _relative(values: Tensor, exact: Tensor) -> Tensor:
+    return (values - exact).abs() / exact.abs().clamp(min=1)
 
 
 def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
@@ -117,7 +135,7 @@ def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
             order = ordering.rank(*shape).flatten().argsort().to(x.device)
             above.append(jacobian[order][:, order].triu(1).abs().max())
         exact = torch.linalg.slogdet(jacobian)[1]
-        errors.append((log_det - exact).abs() / exact.abs().clamp(min=1))
+        errors.append(_relative(log_det, exact))
     # Unlike Python's, this max keeps a NaN.
     return LayerReport(name, float(torch.stack(above).max()), float(torch.stack(errors).max()))
 

@@ -16,13 +16,17 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import mintnet_triton as mint
+from mintnet_triton import kernels
 from mintnet_triton.calculus import Compose, Elementwise, MaskedAffine, Sum
+from mintnet_triton.kernels import backend as backend_module
 
 KINDS = ["layer", "pair", "flow", "classifier"]
 INVERTIBLE = KINDS[:3]
@@ -44,16 +48,18 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
         yield dtype
 
 
+CONSTRUCTORS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: mint.MintLayer(2, 4, 3),
+    "pair": lambda: mint.MintPair(2, 4, 3),
+    "flow": lambda: mint.MintNet(2, 4, 2, 4, squeezes=1),
+    "classifier": lambda: mint.MintClassifier(2, 4, 3, pairs=2, squeezes=1, width=4),
+    "conv": lambda: mint.MaskedConv2d(2, 6, 3, colours=2),
+}
+
+
 def make(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A small module whose weights all matter."""
-    modules: dict[str, Callable[[], nn.Module]] = {
-        "layer": lambda: mint.MintLayer(2, 4, 3),
-        "pair": lambda: mint.MintPair(2, 4, 3),
-        "flow": lambda: mint.MintNet(2, 4, 2, 4, squeezes=1),
-        "classifier": lambda: mint.MintClassifier(2, 4, 3, pairs=2, squeezes=1, width=4),
-        "conv": lambda: mint.MaskedConv2d(2, 6, 3, colours=2),
-    }
-    module = modules[kind]().to(dtype).eval()
+    module = CONSTRUCTORS[kind]().to(dtype).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -402,24 +408,51 @@ def test_backward_hooks_of_convolutions_may_change_gradients(backend: str) -> No
     assert seen == ["before", "looked", "before", "after"]
 
 
+def test_pre_hooks_that_look_get_the_input(backend: str) -> None:
+    """And those that compute weights beside them do not run twice."""
+    layer, x = make_layer(), inputs()
+    expected = layer(x)
+    features: list[Tensor] = []
+    events: list[str] = []
+
+    def look(conv: nn.Module, given: tuple[Tensor, ...]) -> None:
+        features.append(given[0])
+        events.append("looked")
+
+    layer.conv2.register_forward_pre_hook(look)
+    layer.conv2.register_forward_pre_hook(lambda conv, given: events.append("weights"))
+    layer.conv3.register_forward_hook(lambda conv, given, output: features.append(given[0]))
+    for _ in range(2):
+        features.clear()
+        events.clear()
+        assert_same(layer(x), expected)
+        assert_same(features[0], layer.activation.function(layer.conv1(x)))
+        assert features[1].shape == features[0].shape
+        assert events == ["weights", "looked"]
+    events.clear()
+    layer.inverse(x)
+    assert events == ["weights"]
+
+
 @pytest.mark.parametrize(
-    "hook", [lambda conv, given: given[0], lambda conv, given: (2 * torch.ones(1),),
-             lambda conv, given: len(given), lambda conv, given: list(given),
-             lambda conv, given: conv.__dict__.setdefault("kept", given) and None],
-    ids=["looks", "replaces", "counts", "goes through", "keeps"],
-)  # fmt: skip
-@pytest.mark.parametrize("call", ["forward", "inverse"])
-def test_a_pre_hook_that_wants_the_input_of_a_convolution_is_refused(hook: Any, call: str) -> None:
+    ("hook", "message"),
+    [
+        (lambda conv, given: (2 * given[0],), "of 'conv2' of a MintLayer returns another input"),
+        (lambda conv, given: (torch.ones(1),), "of 'conv2' of a MintLayer returns another input"),
+        (lambda conv, given: setattr(conv, "kept", given), "of 'conv2' .* keeps its input unseen"),
+    ],
+)
+def test_a_pre_hook_that_changes_or_keeps_the_input_is_refused(hook: Any, message: str) -> None:
     layer = make_layer()
     layer.conv2.register_forward_pre_hook(hook)
-    with pytest.raises(mint.HookError, match=r"pre-hook of 'conv2' in a MintLayer wants its input"):
-        getattr(layer, call)(inputs())
+    with pytest.raises(mint.HookError, match=message):
+        layer(inputs())
 
 
 def test_hooks_that_would_belie_the_determinant_or_not_run_are_refused() -> None:
     layer, x = make_layer(), inputs()
     handle = layer.conv1.register_forward_hook(lambda conv, given, output: 2 * output)
-    with pytest.raises(mint.HookError, match=r"'conv1' in a MintLayer returns another output"):
+    with pytest.raises(mint.HookError, match=r"'conv1' of a MintLayer returns another output"):
         layer(x)
     handle.remove()
     layer.conv1.register_backward_hook(lambda *_: None)
@@ -482,11 +515,93 @@ def test_averaged_models(kind: str, average: Any) -> None:
     assert_same(averaged.eval()(x), module(x))
 
 
-def test_replicas_of_frozen_layers_have_weights_of_their_own() -> None:
-    layer = make_layer()
+def replicated(module: nn.Module) -> nn.Module:
+    """As torch's DataParallel makes a replica, on the same device."""
+    replicas = {one: one._replicate_for_data_parallel() for one in module.modules()}
+    for one, twin in replicas.items():
+        for name, child in one.named_children():
+            setattr(twin, name, replicas[child])
+        for name, parameter in one.named_parameters(recurse=False):
+            setattr(twin, name, parameter.view_as(parameter))
+    found: nn.Module = replicas[module]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas(kind: str) -> None:
+    module, x = make(kind), inputs()
+    with mint.frozen(module), torch.enable_grad():
+        replica = replicated(module)
+    assert_same(replica(x), module(x))
+    expected = gradients(module, module(x))
+    assert_same(tuple(gradients(module, replica(x)).values()), tuple(expected.values()))
+    if isinstance(replica, mint.MintNet):
+        assert replica.sample(2).shape == (2, 2, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["t", "conv2.weight", "conv1.bias"])
+def test_copies_of_parametrized_layers_are_not_frozen(name: str) -> None:
+    """torch copies such a layer without asking it for its state."""
+    layer, x = make_layer(), inputs()
+    owner, _, tensor = name.rpartition(".")
+    parametrize.register_parametrization(layer.get_submodule(owner), tensor, Doubled())
     with mint.frozen(layer):
-        replica = layer._replicate_for_data_parallel()
-        assert replica._frozen is None
+        twin = copy.deepcopy(layer)
+    assert twin._frozen is None
+    assert_same(twin(x), layer(x))
+    assert gradients(twin, twin(x)).keys() == dict(twin.named_parameters()).keys()
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_blocks_of_two_threads_may_overlap() -> None:
+    """Each ends for itself, in whatever order, and leaves nothing behind."""
+    layer, x = make_layer(), inputs()
+    precision = torch.get_float32_matmul_precision()
+    makers: list[Callable[[], Any]] = [
+        lambda: mint.frozen(layer),
+        lambda: mint.use_backend("torch"),
+        kernels.full_float32,
+    ]
+    torch.set_float32_matmul_precision("high")
+    try:
+        for make_block in makers:
+            entered, left = threading.Event(), threading.Event()
+
+            def first(make_block: Callable[[], Any], entered: Any, left: Any) -> None:
+                with make_block():
+                    entered.wait(60)
+                left.set()
+
+            def second(make_block: Callable[[], Any], entered: Any, left: Any) -> None:
+                with make_block():
+                    entered.set()
+                    left.wait(60)
+
+            threads = [
+                threading.Thread(target=target, args=(make_block, entered, left))
+                for target in (first, second)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert backend_module._choices == ["auto"]
+    before = layer(x)
+    with torch.no_grad():
+        layer.t.add_(1)
+    assert not torch.equal(layer(x)[0], before[0])
+    with mint.frozen(layer):
+        layer.double()
+        with mint.frozen(layer):
+            layer(x.double())
+        layer(x.double())
 
 
 class Watcher:
@@ -709,6 +824,76 @@ def test_the_meta_device(kind: str) -> None:
     assert gradients(ghost, ghost(x))
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "conv"])
+def test_fake_tensors(kind: str) -> None:
+    module, x = make(kind), inputs()
+    expected = [one.shape for one in values(module(x))]
+    with FakeTensorMode() as mode:
+        ghost = CONSTRUCTORS[kind]()
+        results = ghost(mode.from_tensor(x))
+        values(results)[0].sum().backward()
+    assert [one.shape for one in values(results)] == expected
+    traced = make_fx(lambda x: module(x))(x)
+    assert_same(traced(x), module(x))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "conv"])
+def test_a_default_device_that_is_another(kind: str, backend: str) -> None:
+    module, x = make(kind), inputs()
+    expected = module(x)
+    with torch.device("meta"):
+        assert_same(module(x), expected)
+        values(module(x))[0].sum().backward()
+        if isinstance(module, mint.Invertible):
+            z = values(expected)[0].detach()
+            for solver in (None, mint.FixedPoint(safeguard=True), mint.Wavefront()):
+                result = mint.invert(module, z, solver, certify=True, trace=True)
+                assert_same(result.x, x, rtol=1e-4, atol=1e-4)
+            module.inverse(z)[0].sum().backward()
+        if isinstance(module, mint.MintNet):
+            module.sample(1)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "conv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_made_in_inference_mode_and_loaded(kind: str, dtype: torch.dtype) -> None:
+    expected = make(kind, dtype)
+    with torch.inference_mode():
+        module = make(kind)
+    module.load_state_dict(expected.state_dict(), assign=True)
+    results = module(inputs(dtype))
+    assert values(results)[0].dtype == dtype
+    if kind != "classifier":  # whose statistics are buffers, which torch cannot put in place
+        gradients(module, results)
+
+
+def test_parameters_start_anew_where_torch_asks() -> None:
+    for make_one in (
+        lambda **given: mint.MintLayer(2, 4, 3, **given),
+        lambda **given: mint.MintLayer(2, 4, 3, initialisation="classifier", **given),
+        lambda **given: mint.MaskedConv2d(2, 6, 3, colours=2, **given),
+    ):
+        torch.manual_seed(3)
+        expected = make_one(dtype=torch.float64)
+        ghost = make_one(device="meta", dtype=torch.float64).to_empty(device="cpu")
+        torch.manual_seed(3)
+        ghost.reset_parameters()
+        for name, parameter in ghost.named_parameters():
+            other = expected.get_parameter(name)
+            assert parameter.dtype == torch.float64
+            scale = float(other.detach().std()) if other.numel() > 1 else 0.0
+            assert float(parameter.detach().std()) == pytest.approx(scale, rel=0.5)
+        if isinstance(ghost, mint.MaskedConv2d):
+            dense = nn.Conv2d(2, 6, 3, dtype=torch.float64)
+            torch.manual_seed(3)
+            dense.reset_parameters()
+            torch.manual_seed(3)
+            ghost.reset_parameters()
+            assert torch.equal(dense.weight, ghost.weight)
+    skipped = nn.utils.skip_init(mint.MintLayer, 2, 4, 3, device="cpu")
+    assert skipped.t.device.type == "cpu"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_samples_in_half_precision_are_what_the_flow_takes(dtype: torch.dtype) -> None:
     flow = mint.MintNet(2, 4, 2, 4, squeezes=1).to(dtype)
@@ -807,6 +992,103 @@ def test_a_replaced_head(head: nn.Module) -> None:
     log_probs = classifier(inputs())
     assert log_probs.shape[0] == 3
     assert_same(log_probs.exp().sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda one: setattr(one, "t", nn.Parameter(torch.ones(2, 1, 1))),
+            r"t of a MintLayer must",
+        ),
+        (lambda one: setattr(one, "t", nn.Parameter(torch.ones(1, 2, 4, 4))), r"t of .* must have"),
+        (lambda one: setattr(one.conv1, "bias", nn.Parameter(torch.ones(1))), r"conv1.bias of a"),
+        (lambda one: setattr(one, "conv1", mint.MaskedConv2d(2, 2, 3, colours=2)), r"conv2.weight"),
+        (lambda one: setattr(one, "conv3", mint.MaskedConv2d(6, 4, 3, colours=2)), r"conv3.weight"),
+        (lambda one: one.conv2.double(), r"conv2.weight of a MintLayer is torch.float64"),
+        (
+            lambda one: setattr(one, "t", nn.Parameter(one.t.double())),
+            r"t of .* is torch.float64|parameters are torch",
+        ),
+        (
+            lambda one: setattr(one, "conv2", mint.MaskedConv2d(6, 6, 3, colours=1)),
+            "conv2 of a MintLayer must be a MaskedConv2d of its order and colours",
+        ),
+        (
+            lambda one: setattr(
+                one, "conv2", mint.MaskedConv2d(6, 6, 3, colours=2, triangle="upper")
+            ),
+            "conv2 of a MintLayer must be a MaskedConv2d of its order and colours",
+        ),
+        (lambda one: setattr(one, "conv2", nn.Conv2d(6, 6, 3)), "conv2 .* must be a MaskedConv2d"),
+        (lambda one: setattr(one, "conv2", nn.Sequential(one.conv2)), "must be a MaskedConv2d"),
+        (lambda one: setattr(one, "conv2", Adapted(6, 6, 3, colours=2)), "forward of its own"),
+        (lambda one: setattr(one.conv2, "forward", lambda x: x), "forward of its own"),
+    ],
+)
+@pytest.mark.parametrize("call", ["forward", "transform", "inverse", "frozen"])
+def test_a_part_that_does_not_fit_is_refused(
+    change: Callable[[mint.MintLayer], None], message: str, call: str, backend: str
+) -> None:
+    """Compiled kernels would read beyond it, and a forward of its own would not be called."""
+    layer = make_layer()
+    change(layer)
+    with pytest.raises((TypeError, ValueError), match=message):
+        mint.frozen(layer).__enter__() if call == "frozen" else getattr(layer, call)(inputs())
+
+
+class Adapted(mint.MaskedConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 100
+
+
+class LowRank(mint.MaskedConv2d):
+    """What is right: a weight of another making."""
+
+    def masked_weight(self) -> Tensor:
+        return 2 * super().masked_weight()
+
+
+def test_a_convolution_with_a_weight_of_another_making(backend: str) -> None:
+    layer, x = make_layer(), inputs()
+    state = layer.conv2.state_dict()
+    layer.conv2 = LowRank(6, 6, 3, colours=2)
+    layer.conv2.load_state_dict(state)
+    other = make_layer()
+    other.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        other.conv2.weight.mul_(2)
+    assert_same(layer(x), other(x))
+    assert_same(layer.inverse(x), other.inverse(x))
+
+
+def test_verify_sees_what_is_around_the_layers() -> None:
+    flow, x = make_flow(), inputs(batch=1)
+    assert mint.verify(flow, x).ok
+    layer = flow.get_submodule("layers.0.0")
+    handle = layer.register_forward_hook(
+        lambda module, given, results: (2 * results[0], results[1])
+    )
+    report = mint.verify(flow, x)
+    assert not report.ok
+    assert float(report.forward_error) > 0.1
+    handle.remove()
+    handle = flow.register_forward_pre_hook(lambda module, given: (given[0] / 2,))
+    assert not mint.verify(flow, x).ok
+    handle.remove()
+    layer.register_forward_hook(lambda module, given, results: (results[0], results[1] + 1))
+    assert not mint.verify(flow, x).ok
+
+
+def test_a_flow_that_is_cut() -> None:
+    flow, x = make_flow(), inputs()
+    assert flow.latent_shape == (8, 2, 2)
+    flow.layers = flow.layers[:1]
+    assert flow.latent_shape == (2, 4, 4)
+    assert_same(flow.inverse(flow(x)[0].detach())[0], x, rtol=1e-4, atol=1e-4)
+    assert flow.sample(2).shape == (2, 2, 4, 4)
+    with pytest.raises(TypeError, match=r"a MintPair is not sliced"):
+        mint.MintPair(2, 4, 3)[:1]
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")

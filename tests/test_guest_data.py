@@ -572,10 +572,6 @@ def activation_of_the_same_name(model: Any) -> None:
     )
 
 
-def another_mask(model: Any) -> None:
-    child(model, "layers.0.1").conv1.mask.fill_(True)
-
-
 def another_order(model: Any) -> None:
     child(model, "layers.0.1").ordering = mint.Ordering("pixel", "upper")
 
@@ -645,7 +641,7 @@ def of_other_arguments(model: Any) -> None:
     model.arguments["kernel_size"] = (3, 5, 3)
 
 
-ANY = [pruned, parametrised, another_activation, activation_of_the_same_name, another_mask]
+ANY = [pruned, parametrised, another_activation, activation_of_the_same_name]
 ANY += [
     another_kind,
     of_another_shape,

@@ -181,8 +181,8 @@ def test_never_below_float32(half: torch.dtype) -> None:
     pair = mint.MintPair(2, 4, 3)
     for parameter in pair.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    torch.nn.init.ones_(pair[0].t)  # type: ignore[arg-type]
-    torch.nn.init.ones_(pair[1].t)  # type: ignore[arg-type]
+    torch.nn.init.ones_(pair[0].t)
+    torch.nn.init.ones_(pair[1].t)
     z = torch.randn(3, 2, 4, 4).to(half)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = mint.invert(pair, z, mint.FixedPoint(alpha=0.7, iterations=200))

@@ -224,6 +224,8 @@ def use_float32(x: Tensor, weight: Tensor, activation: Activation | None = None)
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies bfloat16, or float16, and torch lets it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     if dtype == torch.bfloat16:
         # oneDNN says yes to all that has AVX-512, and converts to float32 where there is no more.
         converts = platform.machine() in ("x86_64", "AMD64") and not (

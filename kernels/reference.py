@@ -101,6 +101,8 @@ VECTOR = 16
 #: what a block costs beside its products, as many multiply-adds: to copy a pixel of what it sees,
 #: and to start
 COPY, START = 100, 6_000_000
+#: pixels that a graph is made for, whose batch may be of any size
+PIXELS_OF_GRAPHS = 2**13
 
 
 def blocks_of(x: Tensor, weight: Tensor, colours: int) -> int:
@@ -115,7 +117,9 @@ def blocks_of(x: Tensor, weight: Tensor, colours: int) -> int:
     2, and 1.5 times, back from 85 or 21 channels a colour to one.
     """
     outputs, inputs, kernel, _ = weight.shape
-    taps, pixels = kernel * kernel, x.shape[0] * x.shape[2] * x.shape[3]
+    taps, pixels = kernel * kernel, PIXELS_OF_GRAPHS
+    if not torch.compiler.is_compiling():
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if outputs * inputs * taps * pixels < 2 * START:  # no block could pay
         return 1
     copy = COPY

@@ -119,7 +119,10 @@ class MaskedConv2d(nn.Module):
         return seen.unsqueeze(1)
 
     def masked_weight(self) -> Tensor:
-        """Effective weight (out_channels, in_channels, k, k), a new contiguous tensor."""
+        """Effective weight (out_channels, in_channels, k, k), a new contiguous tensor.
+
+        Hidden entries have to be finite, for they are multiplied by zero.
+        """
         weight, seen = self.weight, self._seen
         if seen.is_meta and not weight.is_meta:  # of weights that are given for a call
             seen = self._what_is_seen()

@@ -181,12 +181,14 @@ class Chain(Invertible):
 
 
 def as_invertible(name: str, module: nn.Module) -> Invertible:
-    """The invertible map itself, which may be compiled or checkpointed by a module around it.
+    """The invertible map itself, around which torch may have put a module of its own.
+
+    To compile it, to checkpoint it, or to train it in many processes or as an average.
 
     Raises:
         TypeError: it is none.
     """
-    for attribute in ("_orig_mod", "_checkpoint_wrapped_module"):
+    for attribute in ("_orig_mod", "_checkpoint_wrapped_module", "module"):
         module = getattr(module, attribute, module)
     if not isinstance(module, Invertible):
         raise TypeError(f"{name} must be an Invertible, got {type(module).__name__}")

@@ -7,6 +7,8 @@ import contextlib
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,6 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -683,7 +686,6 @@ def test_a_gradient_penalty_on_an_inverse(kind: str, backend: str) -> None:
         assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("kind", INVERTIBLE)
 def test_transforms_of_inverses(kind: str, dtype: torch.dtype) -> None:
     """jacrev, jacfwd and dual numbers all give the inverse of autograd's Jacobian."""
@@ -732,7 +734,6 @@ def test_gradients_by_functional_parameters(backend: str) -> None:
         assert_same(tuple(found.values()), tuple(expected.values()))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
 def test_transforms_that_an_inverse_does_not_know_are_refused() -> None:
     layer, z = make_layer(), inputs()
 
@@ -1120,6 +1121,17 @@ def test_layers_compiled_inside_a_model(kind: str) -> None:
         assert mint.verify(module, x[:1]).ok  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "wrap", [AveragedModel, nn.DataParallel, checkpoint_wrapper, torch.compile]
+)
+def test_a_flow_inside_a_module_of_torchs(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    flow, x = make_flow(), inputs()
+    wrapped = wrap(flow)
+    z = flow(x)[0].detach()
+    assert_same(mint.invert(wrapped, z).x, x, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+    assert mint.verify(wrapped, x[:1]).ok  # type: ignore[arg-type]
+
+
 def test_what_is_not_invertible_is_named() -> None:
     flow = make_flow()
     flow.layers[0] = nn.Identity()
@@ -1147,6 +1159,24 @@ def test_export_with_a_batch_of_any_size(kind: str, strict: bool) -> None:
     for size in (1, 3, 6):
         x = inputs(batch=size)
         assert_same(loaded(x), module(x))
+
+
+def test_export_in_a_fresh_process() -> None:
+    """Where nothing has been imported before that cannot be while a graph is traced."""
+    program = """
+import sys, torch, mintnet_triton as mint
+flow, x = mint.MintNet(2, 4, 2, 4, squeezes=1), torch.randn(3, 2, 4, 4)
+batch = torch.export.Dim("batch")
+exported = torch.export.export(flow, (x,), dynamic_shapes=({0: batch},)).module()
+assert "numba" not in sys.modules
+torch.testing.assert_close(exported(x[:2]), flow(x[:2]))
+compiled = torch.compile(mint.MintLayer(2, 4, 4), backend="eager", fullgraph=True)
+torch.testing.assert_close(compiled(x), compiled._orig_mod(x))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_an_inverse_is_not_exported_but_compiled_around() -> None:

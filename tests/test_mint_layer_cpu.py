@@ -227,7 +227,6 @@ def test_second_derivatives() -> None:
         assert_close(computed, of_penalty(layer.double(), x.double(), exact))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
 def test_transforms_take_the_plain_path(compiled: list[int]) -> None:
     layer, x = make_layer(), torch.randn(4, 3, 5, 6)
     by_transform = torch.func.grad(lambda x: layer(x)[1].sum())(x)

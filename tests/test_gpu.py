@@ -170,7 +170,6 @@ def gradients_of(module: nn.Module, function: Callable[[Tensor], Any], x: Tensor
 
 @pytest.mark.parametrize("kind", ["layer", "flow"])
 def test_compile(kind: str) -> None:
-    torch.compiler.reset()
     module: nn.Module
     if kind == "layer":
         module = make_layer(CIFAR10[1]).to(DEVICE)

@@ -375,7 +375,6 @@ def test_operators_are_well_formed_and_compile() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_graph_is_for_batches_of_many_sizes() -> None:
     layer = make_layer()
-    torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for batch in (4, 7, 33):
         x = torch.randn(batch, 3, 5, 6)

@@ -429,7 +429,6 @@ def test_compiled_equals_eager(kind: str) -> None:
     if isinstance(module, mint.MintLayer):
         module.recompute = kind == "recompute"
     x = random(2, 1, 4, 4) if kind == "network" else random(2, 2, 2, 3)
-    torch.compiler.reset()
     with mint.use_backend("triton"):
         eager = results(module, x)
         compiled = results(torch.compile(module, fullgraph=True, backend="aot_eager"), x)

@@ -19,6 +19,8 @@ from mintnet_triton.kernels.activation import Activation, is_known
 _LOG = logging.getLogger("mintnet_triton")
 
 _NAMES = ("auto", "torch", "triton")
+#: for what is of the process, and blocks of several threads set
+_settings = Lock()
 #: of the blocks that have been entered, by whatever thread; the last one holds
 _choices = ["auto"]
 
@@ -61,15 +63,16 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"name must be 'auto', 'torch' or 'triton', got {name!r}")
     if name == "triton" and not TRITON_INSTALLED:
         raise BackendError("Triton is not installed; use 'auto' or 'torch'")
-    _choices.append(name)
+    with _settings:
+        _choices.append(name)
     try:
         yield
     finally:
-        # Its own, though another thread may have entered a block since.
-        del _choices[len(_choices) - 1 - _choices[::-1].index(name)]
+        with _settings:
+            # Its own, though another thread may have entered a block since.
+            del _choices[len(_choices) - 1 - _choices[::-1].index(name)]
 
 
-_precision = Lock()
 _full, _before = 0, ("highest", False)
 
 
@@ -80,7 +83,7 @@ def full_float32() -> Iterator[None]:
     These are settings of the process: they come back when the last thread has left its block.
     """
     global _full, _before
-    with _precision:
+    with _settings:
         if not _full:
             _before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
             torch.set_float32_matmul_precision("highest")
@@ -89,7 +92,7 @@ def full_float32() -> Iterator[None]:
     try:
         yield
     finally:
-        with _precision:
+        with _settings:
             _full -= 1
             if not _full:
                 torch.set_float32_matmul_precision(_before[0])

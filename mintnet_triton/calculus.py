@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mintnet_triton.checks import check_odd, is_traced
-from mintnet_triton.hooks import HookError, is_watched, run_weight_hooks
+from mintnet_triton.hooks import HookError, has_idle_hooks, run_weight_hooks
 from mintnet_triton.inverse import Shape, Stage
 from mintnet_triton.kernels import Activation, Wave, find_activation
 from mintnet_triton.ordering import Ordering, common_ordering
@@ -333,7 +333,7 @@ class Compose(TriangularMap):
 
 def _evaluator(name: str, factor: TriangularMap) -> Evaluator:
     """That of a part of a map, which has a diagonal that its ``forward`` does not give."""
-    if is_watched(factor):
+    if has_idle_hooks(factor):
         raise HookError(
             f"{name} ({type(factor).__name__}) has hooks that would not run: the parts of a map "
             "are not called one by one. Register them on the whole map"

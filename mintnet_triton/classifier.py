@@ -1,7 +1,7 @@
 """MintClassifier: the paper's invertible classifier, a ResNet-like stack of Mint layers."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,13 +26,20 @@ def _values(results: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return results[0] if isinstance(results, tuple) else results
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a Mint layer that computes as such, and not in a way of its own."""
+    return isinstance(module, MintLayer) and (
+        (type(module).forward, type(module)._forward) == (MintLayer.forward, MintLayer._forward)
+    )
+
+
 class Block(nn.Sequential):
     """Modules one after the other, of which Mint layers pass on y alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
-            if isinstance(module, MintLayer) and not has_to_be_called(module):
-                x = module.transform(x)  # which spares the determinant
+            if _is_plain(module) and not has_to_be_called(module):
+                x = cast(MintLayer, module).transform(x)  # which spares the determinant
             else:
                 x = _values(module(x))
         return x

@@ -124,6 +124,12 @@ class MaskedConv2d(nn.Module):
         Hidden entries have to be finite, for they are multiplied by zero.
         """
         weight, seen = self.weight, self._seen
+        side = self.kernel_size
+        if weight.shape != (self.out_channels, self.in_channels, side, side):
+            raise ValueError(
+                f"weight must have shape {(self.out_channels, self.in_channels, side, side)}, got "
+                f"{tuple(weight.shape)}"
+            )
         if seen.is_meta and not weight.is_meta:  # of weights that are given for a call
             seen = self._what_is_seen()
         seen = seen.to(weight.device, weight.dtype)

@@ -29,6 +29,7 @@ class _NoInput:
         raise HookError("there is no input yet")
 
     __getitem__ = __iter__ = __len__ = __bool__ = __contains__ = _refuse
+    __class__ = property(_refuse)  # what isinstance looks at
 
 
 def run_weight_hooks(module: nn.Module) -> None:
@@ -37,8 +38,8 @@ def run_weight_hooks(module: nn.Module) -> None:
     They run where some weight is computed: a plain tensor, and no parameter. One that wants its
     input is left for the forward pass.
     """
-    if any(isinstance(value, Tensor) for value in vars(module).values()):
-        for key in module._forward_pre_hooks:
+    if _tensors(module):
+        for key in tuple(module._forward_pre_hooks):  # a hook may remove itself
             _wants_input(module, key)
 
 
@@ -54,7 +55,7 @@ def run_conv_hooks(conv: nn.Module, watching: set[int], name: str) -> None:
     Raises:
         HookError: a hook keeps what it gets for an input.
     """
-    for key in conv._forward_pre_hooks:
+    for key in tuple(conv._forward_pre_hooks):
         if key not in watching and _wants_input(conv, key, name):
             watching.add(key)
 
@@ -78,8 +79,22 @@ def _wants_input(module: nn.Module, key: int, name: str | None = None) -> bool:
 
 def _run_pre_hook(module: nn.Module, key: int, inputs: Any) -> Any:
     with_keywords = key in module._forward_pre_hooks_with_kwargs
-    keywords: tuple[dict[str, Any], ...] = ({},) if with_keywords else ()
-    return module._forward_pre_hooks[key](module, inputs, *keywords)
+    return module._forward_pre_hooks[key](module, inputs, *_keywords(with_keywords))
+
+
+def _keywords(wanted: bool) -> tuple[dict[str, Any], ...]:
+    """What a hook gets for keyword arguments, if it asked for them: a convolution takes none."""
+    return ({},) if wanted else ()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Plain tensors where others have parameters: what hooks have computed."""
+    return {name: one for name, one in vars(module).items() if isinstance(one, Tensor)}
+
+
+def has_idle_hooks(module: nn.Module) -> bool:
+    """Whether hooks of a module would be missed where it is computed, but not called."""
+    return is_watched(module) or (bool(module._forward_pre_hooks) and not _tensors(module))
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -118,23 +133,40 @@ def call_watched(
             "register_full_backward_hook"
         )
     inputs: tuple[Tensor, ...] = (x,)
-    for key in watching & module._forward_pre_hooks.keys():
-        if _run_pre_hook(module, key, inputs) is not None:
-            raise _other_value(name, "forward pre-hook", "input")
+    _run_watching(name, module, watching, x)
     around = None
     if full or module._backward_pre_hooks:
         around = BackwardHook(module, full, list(module._backward_pre_hooks.values()))
         inputs = around.setup_input_hook(inputs)
     output = compute(*inputs)
-    for key, hook in module._forward_hooks.items():
-        with_keywords = key in module._forward_hooks_with_kwargs
-        keywords: tuple[dict[str, Any], ...] = ({},) if with_keywords else ()
+    for key, hook in tuple(module._forward_hooks.items()):
+        keywords = _keywords(key in module._forward_hooks_with_kwargs)
         returned = hook(module, inputs, *keywords, output)
         if returned is not None and returned is not output:
             raise _other_value(name, "forward hook", "output")
     if around is not None:
         output = around.setup_output_hook(output)
     return output
+
+
+def _run_watching(name: str, module: nn.Module, watching: set[int], x: Tensor) -> None:
+    """Run the pre-hooks that look at the input."""
+    weights = _tensors(module)
+    for key in tuple(module._forward_pre_hooks):
+        if key not in watching:
+            continue
+        with_keywords = key in module._forward_pre_hooks_with_kwargs
+        returned = _run_pre_hook(module, key, (x,))
+        given = returned[0] if with_keywords and returned is not None else returned
+        if given is not None and any(
+            one is not x for one in (given if isinstance(given, tuple) else (given,))
+        ):
+            raise _other_value(name, "forward pre-hook", "input")
+    if any(weights.get(key) is not one for key, one in _tensors(module).items()):
+        raise HookError(
+            f"a forward pre-hook of {name} looks at its input and sets a tensor, and weights are "
+            "computed before there is an input. Make it two hooks"
+        )
 
 
 def _other_value(name: str, hook: str, value: str) -> HookError:

@@ -43,13 +43,13 @@ class _Problem:
 
 
 def _pullback(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Pull]:
-    """Outputs, and what takes gradients by them to gradients by all inputs.
+    """Outputs, and what takes gradients by them to gradients by all inputs, or the first ones.
 
     What torch.func.vjp does, but open to the kernels, which know no transforms.
     """
     if is_transformed():
         outputs, back, *_ = torch.func.vjp(function, *inputs)
-        return outputs, back
+        return outputs, lambda upstream, first=None: back(upstream)[:first]
     with torch.enable_grad():
         # Names of their own, for an input may depend on another. Constants are variables here, too.
         own = [
@@ -58,9 +58,17 @@ def _pullback(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Pull]
         ]
         outputs = function(*own)
 
-    def pull(upstream: Any) -> tuple[Tensor, ...]:
+    several = isinstance(outputs, tuple)
+
+    def pull(upstream: Any, first: int | None = None) -> tuple[Tensor, ...]:
+        pairs = zip(outputs, upstream, strict=True) if several else [(outputs, upstream)]
+        # A constant, as the log-det of a map of constant slope, has no gradient to ask for.
+        varying = [pair for pair in pairs if pair[0].requires_grad]
+        if not varying:
+            return tuple(map(torch.zeros_like, own[:first]))
+        results, along = zip(*varying, strict=True)
         return torch.autograd.grad(
-            outputs, own, upstream, create_graph=torch.is_grad_enabled(), retain_graph=True,
+            results, own[:first], along, create_graph=torch.is_grad_enabled(), retain_graph=True,
             allow_unused=True, materialize_grads=True,
         )  # fmt: skip
 
@@ -168,7 +176,7 @@ class _Inverse(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         (y, _), pull = _pullback(ctx.problem.map, x, *tensors)
         # The log-det of the inverse is that of the map with the sign changed.
-        through = pull((torch.zeros_like(y), -by_log_det))[0]
+        (through,) = pull((torch.zeros_like(y), -by_log_det), first=1)
         by_z = _jacobian_solve(ctx.problem, True, x, by_x + through, tensors)
         _, *by_tensors = pull((-by_z, -by_log_det))
         return None, by_z, *by_tensors

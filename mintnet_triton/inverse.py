@@ -32,6 +32,8 @@ from mintnet_triton.views import tensors_of, view_of
 
 Shape = tuple[int | None, ...]
 CPU = torch.device("cpu")
+#: where torch's modules around another keep it
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
 
 
 class Invertible(nn.Module):
@@ -188,11 +190,13 @@ def as_invertible(name: str, module: nn.Module) -> Invertible:
     Raises:
         TypeError: it is none.
     """
-    for attribute in ("_orig_mod", "_checkpoint_wrapped_module", "module"):
-        module = getattr(module, attribute, module)
-    if not isinstance(module, Invertible):
-        raise TypeError(f"{name} must be an Invertible, got {type(module).__name__}")
-    return module
+    inner: nn.Module | None = module
+    while not isinstance(inner, Invertible):
+        wrapped = (getattr(inner, one, None) for one in WRAPPED)
+        inner = next((one for one in wrapped if isinstance(one, nn.Module)), None)
+        if inner is None:
+            raise TypeError(f"{name} must be an Invertible, got {type(module).__name__}")
+    return inner
 
 
 @dataclass(frozen=True, repr=False)

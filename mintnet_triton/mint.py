@@ -58,6 +58,13 @@ class _Blocks(list[FrozenWeights]):
         return _Blocks, ()
 
 
+class _Keys(set[int]):
+    """Keys of hooks, which may stand for others in a copy that another process reads."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type["_Keys"], tuple[()]]:
+        return _Keys, ()
+
+
 class MintLayer(TriangularMap):
     """``m(x) = t x + sum_i W3_i h(sum_j W2_ij h(W1_j x + b1_j) + b2_ij) + b3_i``.
 
@@ -114,7 +121,7 @@ class MintLayer(TriangularMap):
         self.activation = find_activation(activation)
         self.recompute = recompute
         self._blocks = _Blocks()
-        self._watching: set[int] = set()  # pre-hooks of convolutions that want their input
+        self._watching = _Keys()  # of pre-hooks of convolutions that want their input
         if initialisation not in get_args(Initialisation):
             raise ValueError(
                 f"initialisation must be one of {get_args(Initialisation)}, got {initialisation!r}"
@@ -182,10 +189,13 @@ class MintLayer(TriangularMap):
 
         Raises:
             HookError: a forward pre-hook of a convolution keeps an input that there is not.
-        TypeError, ValueError: a convolution or a parameter has been replaced by one that does not
-            fit.
+            TypeError, ValueError: a convolution or a parameter has been replaced by one that does
+                not fit.
         """
         convs = [self.conv1, self.conv2, self.conv3]
+        if self._watching:  # but not hooks that have been removed
+            present = {key for conv in convs for key in conv._forward_pre_hooks}
+            self._watching.intersection_update(present)
         for number, conv in enumerate(convs, start=1):
             self._check_conv(f"conv{number}", conv)
             run_conv_hooks(conv, self._watching, f"'conv{number}' of a MintLayer")
@@ -231,7 +241,7 @@ class MintLayer(TriangularMap):
         for number, (conv, inputs, outputs) in enumerate(
             zip(convs, widths, widths[1:], strict=False), start=1
         ):
-            side = conv.weight.shape[-1]
+            side = conv.kernel_size
             expected += [
                 (f"conv{number}.weight", conv.weight, (outputs, inputs, side, side)),
                 (f"conv{number}.bias", conv.bias, (outputs,)),
@@ -247,6 +257,11 @@ class MintLayer(TriangularMap):
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} of a MintLayer must have shape {shape}, got {tuple(tensor.shape)}"
+                )
+            if tensor.device != convs[0].weight.device:
+                raise ValueError(
+                    f"{name} of a MintLayer is on {tensor.device}, conv1.weight on "
+                    f"{convs[0].weight.device}"
                 )
             if tensor.dtype != dtype and (name != "t" or tensor.dtype != wide):
                 raise TypeError(f"{name} of a MintLayer is {tensor.dtype}, conv1.weight is {dtype}")
@@ -268,7 +283,7 @@ class MintLayer(TriangularMap):
 
     def _call(self) -> Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor] | None:
         """How to call the convolutions, if hooks look at them."""
-        convs = dict(self.named_children())
+        convs = {name: conv for name, conv in self._modules.items() if conv is not None}
         watched = any(
             is_watched(conv) or self._watching & conv._forward_pre_hooks.keys()
             for conv in convs.values()

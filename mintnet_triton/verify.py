@@ -70,8 +70,8 @@ def verify(model: Invertible, x: Tensor) -> VerifyReport:
 
     In float64, for every triangular layer at the input that it gets: autograd's Jacobian must be
     exactly triangular in the layer's order, and its ``slogdet`` the layer's log-det. In the model's
-    own dtype: ``model(x)`` must be what these layers give, so that no hook and no module around
-    them changes it, and the default solver must bring it back.
+    own dtype: ``model(x)`` must be what these layers give, so that no hook changes it, and the
+    default solver must bring it back.
 
     A Jacobian of D variables takes D backward passes a sample: give few samples.
 

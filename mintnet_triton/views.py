@@ -5,12 +5,14 @@ module carries (hooks, locks, open files) stays where it is.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mintnet_triton.hooks import run_weight_hooks
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -31,8 +33,11 @@ def shallow(module: AnyModule) -> AnyModule:
     # Not by the class itself, which may be one that a library has put in place of the user's.
     other: AnyModule = object.__new__(parametrize.type_before_parametrizations(module))
     other.__dict__.update(vars(module))
-    for hooks in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        other.__dict__[hooks] = {}  # they watch the module itself
+    if isinstance(
+        cast(object, module), Viewable
+    ):  # it is computed, not called, and its weights are there
+        for hooks in _HOOKS:
+            other.__dict__[hooks] = {}
     return other
 
 

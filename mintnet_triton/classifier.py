@@ -16,7 +16,7 @@ from mintnet_triton.checks import (
 from mintnet_triton.flow import squeeze_positions, squeezed
 from mintnet_triton.hooks import has_to_be_called
 from mintnet_triton.kernels import Activation
-from mintnet_triton.mint import MintLayer, Squeeze, first_t
+from mintnet_triton.mint import MintLayer, Squeeze, first_tensor
 from mintnet_triton.ordering import Order
 from mintnet_triton.presets import model_arguments
 
@@ -149,7 +149,7 @@ class MintClassifier(nn.Module):
         Raises:
             TypeError, ValueError: images are not a finite tensor of the right shape and dtype.
         """
-        check_tensor("images", images, self.input_shape, like=first_t(self))
+        check_tensor("images", images, self.input_shape, like=first_tensor(self))
         if images.shape[1] > self.width:
             raise ValueError(f"images have {images.shape[1]} channels, more than {self.width}")
         x = F.pad(images, (0, 0, 0, 0, 0, self.width - images.shape[1]))

@@ -122,8 +122,16 @@ class MaskedConv2d(nn.Module):
         """Effective weight (out_channels, in_channels, k, k), a new contiguous tensor.
 
         Hidden entries have to be finite, for they are multiplied by zero.
+
+        Raises:
+            TypeError, ValueError: the weight is sharded, or of another shape than it was.
         """
         weight, seen = self.weight, self._seen
+        if hasattr(weight, "device_mesh"):  # a DTensor, which takes a second to import
+            raise TypeError(
+                "weight is sharded: call unshard() on every sharded module, or register what you "
+                "call by register_fsdp_forward_method"
+            )
         side = self.kernel_size
         if weight.shape != (self.out_channels, self.in_channels, side, side):
             raise ValueError(
@@ -144,11 +152,9 @@ class MaskedConv2d(nn.Module):
         Raises:
             TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
         """
-        weight, ordering = self.weight, self.ordering
+        weight, ordering = self.masked_weight(), self.ordering
         check_tensor("x", x, (weight.shape[1], None, None), like=weight)
-        return masked_conv2d(
-            x, self.masked_weight(), self.bias, self.colours, ordering.order, ordering.triangle
-        )
+        return masked_conv2d(x, weight, self.bias, self.colours, ordering.order, ordering.triangle)
 
     def extra_repr(self) -> str:
         return (

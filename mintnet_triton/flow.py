@@ -17,7 +17,7 @@ from mintnet_triton.checks import (
 )
 from mintnet_triton.inverse import Chain, Invertible, Shape
 from mintnet_triton.kernels import Activation
-from mintnet_triton.mint import MintPair, Squeeze, first_t
+from mintnet_triton.mint import MintPair, Squeeze, first_tensor
 from mintnet_triton.ordering import Order
 from mintnet_triton.presets import model_arguments
 from mintnet_triton.solvers import Solver, log_det_dtype
@@ -221,7 +221,7 @@ class MintNet(Chain):
         return x.to(self._like().dtype), standard_normal_log_prob(z) - log_det
 
     def _like(self) -> Tensor:
-        return first_t(self)
+        return first_tensor(self)
 
     def _latents(self, n: int, generator: torch.Generator | None, temperature: float) -> Tensor:
         n = check_integer("n", n, least=0)

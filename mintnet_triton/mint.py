@@ -182,7 +182,8 @@ class MintLayer(TriangularMap):
 
     def positive_t(self) -> Tensor:
         """``max(|t|, 1e-12)``, (C, H, W), never below float32, where that is not zero."""
-        return self.t.to(log_det_dtype(self.t)).abs().clamp(min=1e-12)
+        t = self.t
+        return t.to(log_det_dtype(t)).abs().clamp(min=1e-12)
 
     def effective_weights(self) -> MintWeights:
         """Masked, sign-corrected weights, computed from the parameters at each call.
@@ -199,13 +200,17 @@ class MintLayer(TriangularMap):
         for number, conv in enumerate(convs, start=1):
             self._check_conv(f"conv{number}", conv)
             run_conv_hooks(conv, self._watching, f"'conv{number}' of a MintLayer")
-        self._check_tensors(convs)
+        # Each is asked for once, for a parametrization computes it every time.
         weight1, weight2, weight3 = (conv.masked_weight() for conv in convs)
         bias1, bias2, bias3 = (
-            conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias
-            for conv in convs
+            weight.new_zeros(len(weight)) if bias is None else bias
+            for weight, bias in zip(
+                (weight1, weight2, weight3), (conv.bias for conv in convs), strict=True
+            )
         )
-        weights = with_centres(weight1, bias1, weight2, bias2, weight3, bias3, self.positive_t())
+        t = self.positive_t()
+        self._check_tensors((weight1, bias1, weight2, bias2, weight3, bias3, t))
+        weights = with_centres(weight1, bias1, weight2, bias2, weight3, bias3, t)
         # |w| = sign(w) w, with the derivative that abs has; in place, for weight2 is new.
         weights.centre2.mul_(
             weights.centre3.detach().sign().unsqueeze(2)
@@ -230,41 +235,26 @@ class MintLayer(TriangularMap):
                 "override masked_weight"
             )
 
-    def _check_tensors(self, convs: Sequence[MaskedConv2d]) -> None:
+    def _check_tensors(self, tensors: tuple[Tensor, ...]) -> None:
         """Refuse what does not fit together: kernels that are compiled would read beyond it."""
-        outer, inner = self.channels, len(convs[0].weight)
-        dtype, wide = convs[0].weight.dtype, log_det_dtype(convs[0].weight)
-        widths = (outer, inner, inner, outer)
-        expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-            ("t", self.t, self.input_shape)
-        ]
-        for number, (conv, inputs, outputs) in enumerate(
-            zip(convs, widths, widths[1:], strict=False), start=1
-        ):
-            side = conv.kernel_size
-            expected += [
-                (f"conv{number}.weight", conv.weight, (outputs, inputs, side, side)),
-                (f"conv{number}.bias", conv.bias, (outputs,)),
-            ]
-        for name, tensor, shape in expected:
-            if tensor is None:
-                continue
-            if hasattr(tensor, "device_mesh"):  # a DTensor, which takes a second to import
-                raise TypeError(
-                    f"{name} of a MintLayer is sharded: call unshard() on every sharded module, or "
-                    "register what you call by register_fsdp_forward_method"
-                )
+        weight1, _, weight2, _, weight3, _, _ = tensors
+        outer, inner = self.channels, len(weight1)
+        shapes = (
+            (inner, outer, *weight1.shape[2:]), (inner,), (inner, inner, *weight2.shape[2:]),
+            (inner,), (outer, inner, *weight3.shape[2:]), (outer,), self.input_shape,
+        )  # fmt: skip
+        for name, tensor, shape in zip(_TENSORS, tensors, shapes, strict=True):
+            dtype = log_det_dtype(weight1) if name == "t" else weight1.dtype
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} of a MintLayer must have shape {shape}, got {tuple(tensor.shape)}"
                 )
-            if tensor.device != convs[0].weight.device:
+            if tensor.device != weight1.device:
                 raise ValueError(
-                    f"{name} of a MintLayer is on {tensor.device}, conv1.weight on "
-                    f"{convs[0].weight.device}"
+                    f"{name} of a MintLayer is on {tensor.device}, weight1 on {weight1.device}"
                 )
-            if tensor.dtype != dtype and (name != "t" or tensor.dtype != wide):
-                raise TypeError(f"{name} of a MintLayer is {tensor.dtype}, conv1.weight is {dtype}")
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} of a MintLayer is {tensor.dtype}, weight1 {weight1.dtype}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -413,12 +403,14 @@ class MintLayer(TriangularMap):
         )
 
 
-def first_t(module: nn.Module) -> Tensor:
-    """t of the first Mint layer of a network, whose dtype and device are those of its inputs.
+def first_tensor(module: nn.Module) -> Tensor:
+    """A tensor of the first Mint layer of a network, of the dtype and device of its inputs.
 
     Parameters at large are another matter: replicas have none, and a head may be quantised.
     """
-    return next(layer.t for layer in module.modules() if isinstance(layer, MintLayer))
+    layer = next(layer for layer in module.modules() if isinstance(layer, MintLayer))
+    parameter = next(layer.parameters(), None)
+    return layer.t if parameter is None else parameter
 
 
 @contextmanager

@@ -110,11 +110,10 @@ def blocks_of(x: Tensor, weight: Tensor, colours: int) -> int:
 
     Convolutions take channels in vectors, so that blocks multiply more than the mask leaves; each
     copies what it sees of x; and it has a start that few pixels do not pay for. So it comes about
-    that, at batches of 8 on a core with AVX-512, forward and backward, the middle convolution of
-    the paper's layers takes 0.81, 0.69 and 0.78 times as long as in one block, with 85, 21 and 5
-    channels a colour (``python -m bench run --sections convolution``); and that this says 1 where
-    the fastest of 2 to 4 blocks took 1.4 times as long, with 11 channels a colour, 1.8 times, with
-    2, and 1.5 times, back from 85 or 21 channels a colour to one.
+    that, at batches of 8 on two cores with AVX-512, forward and backward, the middle convolution of
+    the paper's layers takes 0.86, 0.77 and 0.92 times as long as the dense one, with 85, 21 and 5
+    channels a colour (``python -m bench run --sections ceilings convolution``); in 2 to 4 blocks,
+    those with fewer channels, and those from many channels to one, took 1.4 times as long and more.
     """
     outputs, inputs, kernel, _ = weight.shape
     taps, pixels = kernel * kernel, PIXELS_OF_GRAPHS

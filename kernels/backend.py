@@ -203,10 +203,10 @@ def use_numba_layer(x: Tensor, activation: Activation) -> bool:
 def use_float32(x: Tensor, weight: Tensor, activation: Activation | None = None) -> bool:
     """Whether autocast on a CPU is to be answered in float32, being slower there in 16 bits.
 
-    So it is where the processor does not multiply them itself: emulated products take from 2 to 40
-    times as long as those of float32. Of a Mint layer, which numba compiles in float32, so it is
-    also where 16 bits go through vector units: twice as many products as in float32 are no gain
-    over those that the compiled layer skips (``python -m bench run``: "layer", bfloat16).
+    So it is where the processor does not multiply them itself, but emulates it. Of a Mint layer,
+    which numba compiles in float32, so it is also where 16 bits go through vector units, which is
+    level at the first scale of the CIFAR-10 model and a loss of a tenth or so at the others
+    (``python -m bench run``: "layer", bfloat16, against torch).
 
     Args:
         activation: of a Mint layer; None for a convolution alone, which is not compiled.

@@ -112,8 +112,7 @@ def blocks_of(x: Tensor, weight: Tensor, colours: int) -> int:
     copies what it sees of x; and it has a start that few pixels do not pay for. So it comes about
     that, at batches of 8 on two cores with AVX-512, forward and backward, the middle convolution of
     the paper's layers takes 0.86, 0.77 and 0.92 times as long as the dense one, with 85, 21 and 5
-    channels a colour (``python -m bench run --sections ceilings convolution``); in 2 to 4 blocks,
-    those with fewer channels, and those from many channels to one, took 1.4 times as long and more.
+    channels a colour (``python -m bench run --sections ceilings convolution``).
     """
     outputs, inputs, kernel, _ = weight.shape
     taps, pixels = kernel * kernel, PIXELS_OF_GRAPHS

@@ -91,7 +91,7 @@ class _Cache(FunctionCache):
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
-        except Exception as error:
+        except Exception as error:  # of the disk, or of pickling what numba has made
             _warn(self.cache_path, error)
 
 

@@ -5,7 +5,7 @@ module carries (hooks, locks, open files) stays where it is.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -33,9 +33,8 @@ def shallow(module: AnyModule) -> AnyModule:
     # Not by the class itself, which may be one that a library has put in place of the user's.
     other: AnyModule = object.__new__(parametrize.type_before_parametrizations(module))
     other.__dict__.update(vars(module))
-    if isinstance(
-        cast(object, module), Viewable
-    ):  # it is computed, not called, and its weights are there
+    kind: object = module
+    if isinstance(kind, Viewable):  # it is computed, not called, and its weights are there
         for hooks in _HOOKS:
             other.__dict__[hooks] = {}
     return other

@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mintnet_triton.kernels import _configs, _launch, mint_layer_cpu
+from mintnet_triton.kernels.cpu import mint_layer as cpu_mint_layer
+from mintnet_triton.kernels.gpu import configs, launching
 
 #: a count by its name; of everything, less is better
 Figures = dict[str, int]
@@ -181,12 +182,14 @@ def tiles_of(arch: str, operand: str) -> Iterator[None]:
     """Within the block, kernels are launched with the tables of an architecture.
 
     Args:
-        operand: one of :data:`_configs.OPERANDS`; of float32, it is the precision.
+        operand: one of :data:`configs.OPERANDS`; of float32, it is the precision.
     """
     with (
-        patch.object(_configs, "architecture", lambda device: arch),
-        patch.object(_configs, "_tuned", dict),
-        patch.object(_launch, "default_precision", lambda: "tf32" if operand == "tf32" else "ieee"),
+        patch.object(configs, "architecture", lambda device: arch),
+        patch.object(configs, "_tuned", dict),
+        patch.object(
+            launching, "default_precision", lambda: "tf32" if operand == "tf32" else "ieee"
+        ),
     ):
         yield
 
@@ -237,13 +240,13 @@ def count_compiled(work: Work) -> Figures:
         nonlocal compiled
         _, _, convs, _, centres, _, _, _, diagonal, lines = arguments
         plans = [*convs, *[centres] * bool(diagonal.size)]
-        compiled += mint_layer_cpu.products(plans, lines, len(groups))
+        compiled += cpu_mint_layer.products(plans, lines, len(groups))
 
     def note_backward(_: object, groups: Sequence[int], *arguments: Any) -> None:
         nonlocal compiled
         convs, centres, plans, _, _, _, by_weights, lines = arguments[5:]
         plans = [*convs, *centres, *(plans if by_weights[0].size else ())]
-        compiled += mint_layer_cpu.products(plans, lines, len(groups))
+        compiled += cpu_mint_layer.products(plans, lines, len(groups))
 
     def anew() -> None:
         nonlocal compiled
@@ -251,7 +254,7 @@ def count_compiled(work: Work) -> Figures:
         work()
 
     with patch.multiple(
-        mint_layer_cpu, forward_groups=note_forward, backward_groups=note_backward,
+        cpu_mint_layer, forward_groups=note_forward, backward_groups=note_backward,
         VECTOR=16, MOST=14, OUTPUTS=5,
     ):  # fmt: skip
         figures = count_operators(anew)

@@ -32,7 +32,8 @@ from bench.counting import (
     count_operators,
     tiles_of,
 )
-from mintnet_triton.kernels import _configs, backend, inversion, masked_conv, mint_layer, wavefront
+from mintnet_triton.kernels import backend
+from mintnet_triton.kernels.gpu import configs, inversion, masked_conv, mint_layer, wavefront
 from mintnet_triton.kernels.reference import Structure
 from mintnet_triton.ordering import Order
 
@@ -93,9 +94,9 @@ def compiled_cases() -> Cases:
 def kernel_cases() -> Cases:
     """Architectures with the same tiles are one case."""
     cases: Cases = {}
-    for operand in _configs.OPERANDS:
+    for operand in configs.OPERANDS:
         alike = defaultdict(list)
-        for arch, table in _configs.TABLES.items():
+        for arch, table in configs.TABLES.items():
             alike[tuple(tile[:3] for tile in table[operand])].append(arch)
         for scale in SCALES:
             for archs in alike.values():

@@ -29,14 +29,14 @@ from bench.race import Problem, Result, Subject, precision_of
 from bench.rivals import RIVALS
 from bench.timing import Clock, Work, spread
 from mintnet_triton import MaskedConv2d, MintLayer
-from mintnet_triton.kernels import _configs, masked_conv, mint_layer
-from mintnet_triton.kernels.mint_layer import as_image, new_hidden
+from mintnet_triton.kernels.gpu import configs, masked_conv, mint_layer
+from mintnet_triton.kernels.gpu.mint_layer import as_image, new_hidden
+from mintnet_triton.kernels.gpu.weights import pack
 from mintnet_triton.kernels.reference import Structure, join_centres
-from mintnet_triton.kernels.weights import pack
 
 #: tiles that the middle kernel is timed with, on top of those that the library itself tries
 MORE_TILES = tuple(
-    _configs.Tile(*numbers)
+    configs.Tile(*numbers)
     for numbers in (
         (128, 64, 64, 4, 3),
         (64, 64, 64, 4, 4),
@@ -193,7 +193,7 @@ def measure_tile(
     scale: Scale,
     batch: int,
     mode: Mode,
-    tile: _configs.Tile | None,
+    tile: configs.Tile | None,
     device: torch.device,
     clock: Clock,
 ) -> Result:
@@ -201,9 +201,9 @@ def measure_tile(
 
     def skip(*_: Any) -> None: ...
 
-    arch, operand = _configs.architecture(device), _configs.operand(mode.dtype, mode.kernels)
+    arch, operand = configs.architecture(device), configs.operand(mode.dtype, mode.kernels)
     shape = (arch, operand, scale.channels, scale.hidden)
-    with precision_of(mode), _configs.using(*shape, tile) if tile else nullcontext():
+    with precision_of(mode), configs.using(*shape, tile) if tile else nullcontext():
         _, subject = step_of(scale, batch, mode, device)
         launches = Launches(subject)
         launches.check()
@@ -283,8 +283,8 @@ def all_parts(
             parts.append(("rows", name, partial(measure_rows, *given), later))
             if mode is FLOAT32 or later:
                 continue
-            operand = _configs.operand(mode.dtype, mode.kernels)
-            tiles = dict.fromkeys([*_configs.CANDIDATES[operand], *MORE_TILES])
+            operand = configs.operand(mode.dtype, mode.kernels)
+            tiles = dict.fromkeys([*configs.CANDIDATES[operand], *MORE_TILES])
             for tile in (None, *list(tiles)[: 1 if tiny else None]):
                 label = "own" if tile is None else "x".join(map(str, tile))
                 work = partial(measure_tile, scale, batch, mode, tile, device)

@@ -1,7 +1,8 @@
 """How much the kernels multiply, beside what the mask leaves: ``python -m bench.work``."""
 
-from mintnet_triton.kernels import _configs, work
-from mintnet_triton.kernels._launch import padded
+from mintnet_triton.kernels import work
+from mintnet_triton.kernels.gpu import configs
+from mintnet_triton.kernels.gpu.launching import padded
 
 #: colours, hidden units and side of an image at the scales of the CIFAR-10 and MNIST models
 SCALES = [(3, 85, 32), (12, 21, 16), (48, 5, 8), (1, 45, 28), (4, 11, 14), (16, 2, 7)]
@@ -16,9 +17,9 @@ def table() -> str:
     for colours, units, side in SCALES:
         width = padded(colours * units)
         for operand in ("half", "ieee"):
-            middle = _configs.hidden_tile("sm_90", operand, colours, units, width)
-            first = _configs.hidden_tile("sm_90", operand, colours, units, colours)
-            last = _configs.output_tile("sm_90", operand, colours, side**2)
+            middle = configs.hidden_tile("sm_90", operand, colours, units, width)
+            first = configs.hidden_tile("sm_90", operand, colours, units, colours)
+            last = configs.output_tile("sm_90", operand, colours, side**2)
             ratios = [
                 _ratio(units, 1, colours, 3, "channel", first),
                 _ratio(units, units, colours, 3, "channel", middle),
@@ -37,7 +38,7 @@ def table() -> str:
 
 
 def _ratio(
-    units_out: int, units_in: int, colours: int, kernel: int, order: str, tile: _configs.Tile
+    units_out: int, units_in: int, colours: int, kernel: int, order: str, tile: configs.Tile
 ) -> float:
     """The worse of the two triangles."""
     return max(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mintnet_triton.kernels import fronts, products_cpu, reference
+from mintnet_triton.kernels import fronts, reference
 from mintnet_triton.kernels.activation import Activation
 from mintnet_triton.kernels.backend import (
     TRITON_INSTALLED,
@@ -16,15 +16,16 @@ from mintnet_triton.kernels.backend import (
     use_numba_layer,
     use_triton,
 )
+from mintnet_triton.kernels.cpu import products as cpu_products
 from mintnet_triton.kernels.fronts import Slopes, Wave
 from mintnet_triton.kernels.reference import Call, MintWeights, Structure
 
 if TRITON_INSTALLED:
-    from mintnet_triton.kernels import inversion as triton_inversion
-    from mintnet_triton.kernels import masked_conv as triton_conv
-    from mintnet_triton.kernels import mint_layer as triton_layer
-    from mintnet_triton.kernels import wavefront as triton_wavefront
     from mintnet_triton.kernels._library import compute_dtype
+    from mintnet_triton.kernels.gpu import inversion as triton_inversion
+    from mintnet_triton.kernels.gpu import masked_conv as triton_conv
+    from mintnet_triton.kernels.gpu import mint_layer as triton_layer
+    from mintnet_triton.kernels.gpu import wavefront as triton_wavefront
 
 
 def masked_conv2d(
@@ -82,12 +83,12 @@ class FrozenWeights:
         return packed
 
     def packed_for_cpu(self, order: str, triangle: str) -> Any:
-        """The weights as :mod:`.mint_layer_cpu` reads them."""
-        from mintnet_triton.kernels import mint_layer_cpu
+        """The weights as :mod:`.cpu.mint_layer` reads them."""
+        from mintnet_triton.kernels.cpu import mint_layer as cpu_mint_layer
 
         if self._packed_for_cpu is None:
             parts = (*self.weights[:6], self.weights.t)
-            self._packed_for_cpu = mint_layer_cpu.pack_layer(parts, order, triangle)
+            self._packed_for_cpu = cpu_mint_layer.pack_layer(parts, order, triangle)
         return self._packed_for_cpu
 
 
@@ -108,17 +109,19 @@ def _numba_layer(
     diagonal: bool,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    from mintnet_triton.kernels import mint_layer_cpu  # here, for numba takes time to import
+    from mintnet_triton.kernels.cpu import (
+        mint_layer as cpu_mint_layer,  # here, for numba takes time to import
+    )
 
     frozen = isinstance(weights, FrozenWeights) and not torch.compiler.is_compiling()
     if frozen and not (torch.is_grad_enabled() and x.requires_grad):
         assert isinstance(weights, FrozenWeights)
         packed = weights.packed_for_cpu(order, triangle)
-        return mint_layer_cpu.packed_forward(x, packed, activation.name, diagonal)
+        return cpu_mint_layer.packed_forward(x, packed, activation.name, diagonal)
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
     structure = Structure(order, triangle, activation.name)
-    return mint_layer_cpu.mint_forward(x, weights, structure, diagonal, recompute)
+    return cpu_mint_layer.mint_forward(x, weights, structure, diagonal, recompute)
 
 
 def mint_map(
@@ -222,9 +225,11 @@ def mint_wavefront(
     if use_triton(z, None if isinstance(hidden, Slopes) else hidden):
         return triton_wavefront.wavefront(z, weights, hidden, order, triangle)
     if use_numba(z, hidden, torch.float64):
-        from mintnet_triton.kernels import wavefront_cpu  # here, for numba takes time to import
+        from mintnet_triton.kernels.cpu import (
+            wavefront as cpu_wavefront,  # here, for numba takes time to import
+        )
 
-        return wavefront_cpu.wavefront(z, weights, hidden, order, triangle)
+        return cpu_wavefront.wavefront(z, weights, hidden, order, triangle)
     return fronts.wavefront(z, weights, hidden, order, triangle)
 
 
@@ -233,7 +238,7 @@ def mint_exact_map(
 ) -> Tensor:
     """y of a Mint layer in float64, without gradients."""
     if x.device.type == "cpu" and not use_triton(x, activation):
-        return products_cpu.mint_map(x, weights, activation)
+        return cpu_products.mint_map(x, weights, activation)
     return mint_map(x, weights, activation, order, triangle)
 
 

@@ -10,7 +10,7 @@ Variables that do not depend on each other are solved at once: a *front*. All th
 are a few dozen fronts, each of which costs its share of one forward pass, and K x K for each step
 of Newton's method.
 
-This is the plain version: :mod:`.wavefront_cpu` and :mod:`.wavefront` compute the same faster.
+This is the plain version: :mod:`.cpu.wavefront` and :mod:`.gpu.wavefront` compute the same faster.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tiles chosen by the clock instead of by the tables of ``kernels/_configs.py``."""
+"""Tiles chosen by the clock instead of by the tables of ``kernels/gpu/configs.py``."""
 
 from collections.abc import Callable
 
@@ -53,19 +53,19 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    from mintnet_triton.kernels import _configs, _launch
     from mintnet_triton.kernels._library import compute_dtype
+    from mintnet_triton.kernels.gpu import configs, launching
 
     weight = layer.conv2.weight
     x = torch.randn(batch, layer.channels, *layer.size, dtype=weight.dtype, device=weight.device)
     _step(layer, x)
-    operand = _configs.operand(compute_dtype(weight), _launch.default_precision())
-    arch = _configs.architecture(weight.device)
-    times: dict[_configs.Tile, float] = {}
-    width = _launch.padded(layer.channels * layer.hidden)
-    present = _configs.hidden_tile(arch, operand, layer.channels, layer.hidden, width)
-    for tile in dict.fromkeys([present, *_configs.CANDIDATES[operand]]):
-        with _configs.using(arch, operand, layer.channels, layer.hidden, tile):
+    operand = configs.operand(compute_dtype(weight), launching.default_precision())
+    arch = configs.architecture(weight.device)
+    times: dict[configs.Tile, float] = {}
+    width = launching.padded(layer.channels * layer.hidden)
+    present = configs.hidden_tile(arch, operand, layer.channels, layer.hidden, width)
+    for tile in dict.fromkeys([present, *configs.CANDIDATES[operand]]):
+        with configs.using(arch, operand, layer.channels, layer.hidden, tile):
             try:
                 times[tile] = (timer or do_bench)(lambda: _step(layer, x))
             except OutOfResources:  # more shared memory or registers than there are
@@ -73,7 +73,7 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
     if not times:
         raise BackendError("no tile fits the memory of this GPU")
     best = min(times, key=times.__getitem__)
-    return _configs.remember(arch, operand, layer.channels, layer.hidden, best), best
+    return configs.remember(arch, operand, layer.channels, layer.hidden, best), best
 
 
 def _step(layer: MintLayer, x: Tensor) -> None:

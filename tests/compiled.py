@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST
-from mintnet_triton.kernels import _configs, inversion, masked_conv, mint_layer, wavefront
+from mintnet_triton.kernels.gpu import configs, inversion, masked_conv, mint_layer, wavefront
 from mintnet_triton.kernels.reference import Structure
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +151,7 @@ def compile_all(arch: str, operand: str, brief: bool = False) -> list[Record]:
 
     with (
         patch.object(triton.JITFunction, "__getitem__", compile_launch),
-        patch.object(_configs, "architecture", lambda device: arch),
+        patch.object(configs, "architecture", lambda device: arch),
     ):
         for case in cases:
             call(case, operand)
@@ -313,7 +313,7 @@ def report(records: list[Record]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", choices=TARGETS)
-    parser.add_argument("--operand", choices=_configs.OPERANDS)
+    parser.add_argument("--operand", choices=configs.OPERANDS)
     parser.add_argument("--brief", action="store_true", help="the kernels that matter most")
     parser.add_argument("--out", type=Path, help="a file for the records of one of each")
     parser.add_argument("--write", action="store_true", help="write the report of all anew")
@@ -321,7 +321,7 @@ def main() -> None:
     if options.write:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = pool.map(
-                lambda pair: compile_elsewhere(*pair), product(TARGETS, _configs.OPERANDS)
+                lambda pair: compile_elsewhere(*pair), product(TARGETS, configs.OPERANDS)
             )
             REPORT.write_text(report([record for part in parts for record in part]))
     elif options.arch and options.operand:

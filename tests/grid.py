@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import relative_rms
-from mintnet_triton.kernels import _launch
+from mintnet_triton.kernels.gpu import launching
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -165,7 +165,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     of bounds is an error. Yields the names of the kernels launched.
     """
     launched: list[str] = []
-    launch = _launch.launch
+    launch = launching.launch
 
     def guarded_launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         launched.append(kernel.__name__)
@@ -183,7 +183,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch.use_deterministic_algorithms(True)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(_launch, "launch", guarded_launch)
+            patch.setattr(launching, "launch", guarded_launch)
             yield launched
     finally:
         torch.use_deterministic_algorithms(deterministic)

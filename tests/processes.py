@@ -20,7 +20,7 @@ FORKS.set_forkserver_preload(
     [
         "tests.tiny_run",
         "mintnet_triton.recipes.commands",
-        "mintnet_triton.kernels.mint_layer_cpu",
+        "mintnet_triton.kernels.cpu.mint_layer",
         "sklearn.datasets",
         "sklearn.model_selection",
     ]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("numba")
-from mintnet_triton.kernels import canvas_cpu, mint_layer_cpu
-from mintnet_triton.kernels.tiles_cpu import Loops
+from mintnet_triton.kernels.cpu import canvas as cpu_canvas
+from mintnet_triton.kernels.cpu import mint_layer as cpu_mint_layer
+from mintnet_triton.kernels.cpu.tiles import Loops
 from tests.test_mint_layer_cpu import compare, make_layer
 
 Array = np.ndarray[Any, Any]
@@ -62,7 +63,7 @@ def empty(*arguments: Any) -> Any:
 
 
 def loops_of(vector: int, most: int, few: int, outputs: int) -> Loops:
-    """The loops of :mod:`.tiles_cpu`, for tiles of other sizes."""
+    """The loops of :mod:`kernels.cpu.tiles`, for tiles of other sizes."""
 
     def add(
         rows: int, vectors: int, sums: Place, stride: int, weights: Place, source: Place,
@@ -99,12 +100,12 @@ def loops_of(vector: int, most: int, few: int, outputs: int) -> Loops:
 def in_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled; sizes are those of AVX-512, AVX and SSE."""
     loops = loops_of(*request.param)
-    for name, value in list(vars(canvas_cpu).items()):
+    for name, value in list(vars(cpu_canvas).items()):
         if hasattr(value, "py_func"):
-            monkeypatch.setattr(canvas_cpu, name, value.py_func)
+            monkeypatch.setattr(cpu_canvas, name, value.py_func)
     numpy = {**vars(np), "empty": empty, "zeros": lambda *a: checked(np.zeros(*a))}
-    monkeypatch.setattr(canvas_cpu, "np", SimpleNamespace(**numpy))
-    monkeypatch.setattr(canvas_cpu, "address", Place)
+    monkeypatch.setattr(cpu_canvas, "np", SimpleNamespace(**numpy))
+    monkeypatch.setattr(cpu_canvas, "address", Place)
 
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: function(*map(checked, arguments))
@@ -112,9 +113,9 @@ def in_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     replaced: dict[str, Any] = {"LOOPS": loops, "VECTOR": loops.vector}
     replaced |= {"MOST": loops.most, "OUTPUTS": loops.outputs}
     for name in ("fill", "forward_groups", "backward_groups"):
-        replaced[name] = run(getattr(canvas_cpu, name))
+        replaced[name] = run(getattr(cpu_canvas, name))
     for name, value in replaced.items():
-        monkeypatch.setattr(mint_layer_cpu, name, value)
+        monkeypatch.setattr(cpu_mint_layer, name, value)
 
 
 @pytest.mark.usefixtures("in_python")

@@ -10,7 +10,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from mintnet_triton.kernels import _configs  # noqa: E402
+from mintnet_triton.kernels.gpu import configs  # noqa: E402
 from tests.compiled import REPORT, TARGETS, Record, compile_elsewhere, in_brief  # noqa: E402
 
 #: bytes of shared memory that a block may have; the generic tables are for GPUs not known
@@ -38,7 +38,7 @@ OLDEST = {
 }
 
 
-@pytest.mark.parametrize("operand", _configs.OPERANDS)
+@pytest.mark.parametrize("operand", configs.OPERANDS)
 @pytest.mark.parametrize(
     ("arch", "brief"),
     [("sm_90", True), *(pytest.param(arch, False, marks=pytest.mark.full) for arch in TARGETS)],

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import mintnet_triton as mint
-from mintnet_triton.kernels import fronts, products_cpu, reference
+from mintnet_triton.kernels import fronts, reference
 from mintnet_triton.kernels.activation import NAMES, find_activation
+from mintnet_triton.kernels.cpu import products as cpu_products
 from mintnet_triton.kernels.fronts import Slopes, Wave
 from mintnet_triton.kernels.reference import MintWeights
 from mintnet_triton.ordering import Order, Ordering, Triangle
@@ -262,14 +263,14 @@ def solve(request: pytest.FixtureRequest) -> Solver:
     if request.param == "torch":
         return fronts.wavefront
     pytest.importorskip("numba")
-    from mintnet_triton.kernels import wavefront_cpu
+    from mintnet_triton.kernels.cpu import wavefront as cpu_wavefront
 
-    return wavefront_cpu.wavefront
+    return cpu_wavefront.wavefront
 
 
 @pytest.mark.parametrize("kernels", [(3, 3, 3), (1, 5, 3)])
 def test_the_map_by_matrix_products(kernels: tuple[int, int, int]) -> None:
     layer = random_layer(3, (4, 6), 5, kernel_size=kernels)
     x = torch.randn(3, 3, 4, 6, dtype=torch.float64)
-    computed = products_cpu.mint_map(x, weights_of(layer), layer.activation)
+    computed = cpu_products.mint_map(x, weights_of(layer), layer.activation)
     torch.testing.assert_close(computed, layer(x)[0].detach(), rtol=1e-12, atol=1e-12)

@@ -20,7 +20,7 @@ import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST, Scale, make_layer, relative_rms
 from bench.race import collect
 from bench.timing import capture
-from mintnet_triton.kernels import _launch, inversion, mint_layer
+from mintnet_triton.kernels.gpu import inversion, launching, mint_layer
 from mintnet_triton.kernels.reference import Structure
 from tests.grid import TOLERANCES, dtype_of, precision_of
 
@@ -317,7 +317,7 @@ def test_memory() -> None:
     scale, batch = CIFAR10[0], 128
     layer = make_layer(scale).to(DEVICE)
     x, upstream = inputs(scale, torch.float32, batch)
-    channels = _launch.padded(scale.channels * scale.hidden)
+    channels = launching.padded(scale.channels * scale.hidden)
     hidden = 4 * batch * scale.size**2 * channels  # bytes of a hidden layer
     with mint.use_backend("triton"):
         step(layer, x, upstream)  # compiles, and allocates what stays
@@ -335,7 +335,7 @@ def test_recomputation_saves_memory() -> None:
     layers = [make_layer(scale).to(DEVICE) for _ in range(depth)]
     module = nn.ModuleList(layers)
     x, _ = inputs(scale, torch.float32, batch)
-    hidden = 4 * batch * scale.size**2 * _launch.padded(scale.channels * scale.hidden)
+    hidden = 4 * batch * scale.size**2 * launching.padded(scale.channels * scale.hidden)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
@@ -361,7 +361,7 @@ def test_recomputation_saves_memory() -> None:
 @torch.no_grad()
 def test_more_than_2_to_the_31_elements() -> None:
     scale, batch = CIFAR10[0], 8200
-    stride = _launch.padded(scale.channels * scale.hidden)
+    stride = launching.padded(scale.channels * scale.hidden)
     assert batch * scale.size**2 * stride > 2**31
     free, _ = torch.cuda.mem_get_info()
     if free < 40 << 30:

@@ -20,17 +20,10 @@ import triton
 
 from bench import cases, guard
 from bench.counting import Counter, Figures, count_launches, count_operators
-from mintnet_triton.kernels import (
-    _configs,
-    _launch,
-    backend,
-    canvas_cpu,
-    dispatch,
-    mint_forward,
-    mint_layer,
-    mint_layer_cpu,
-    work,
-)
+from mintnet_triton.kernels import backend, dispatch, mint_forward, work
+from mintnet_triton.kernels.cpu import canvas as cpu_canvas
+from mintnet_triton.kernels.cpu import mint_layer as cpu_mint_layer
+from mintnet_triton.kernels.gpu import configs, launching, mint_layer
 from mintnet_triton.kernels.reference import Structure
 from tests import test_compile
 from tests.compiled import REPORT
@@ -95,7 +88,7 @@ def test_operators_declare_what_is_compiled(case: str) -> None:
 @pytest.mark.parametrize("case", guard.compiled_cases())
 def test_counts_do_not_depend_on_the_machine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"VECTOR": 4, "MOST": 6, "OUTPUTS": 3}.items():
-        monkeypatch.setattr(mint_layer_cpu, name, value)
+        monkeypatch.setattr(cpu_mint_layer, name, value)
     assert not compare(case)
 
 
@@ -269,9 +262,9 @@ def test_a_dense_convolution_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def anew() -> Iterator[None]:
     """Plans of the layer for CPUs are not remembered."""
-    canvas_cpu.plan.cache_clear()
+    cpu_canvas.plan.cache_clear()
     yield
-    canvas_cpu.plan.cache_clear()
+    cpu_canvas.plan.cache_clear()
 
 
 @pytest.mark.usefixtures("anew")
@@ -280,7 +273,7 @@ def test_a_plan_that_hides_nothing_is_caught(work_: str, monkeypatch: pytest.Mon
     def everything(first: int, last: int, units: int, colours: int, *_: Any) -> tuple[int, int]:
         return 0, units * colours
 
-    monkeypatch.setattr(canvas_cpu, "seen_inputs", everything)
+    monkeypatch.setattr(cpu_canvas, "seen_inputs", everything)
     caught = worse(f"compiled, {cases.CIFAR10[2]}, {work_}")
     assert caught == {"compiled"} | ({"multiply-adds"} if work_ != "forward, frozen" else set())
 
@@ -288,22 +281,22 @@ def test_a_plan_that_hides_nothing_is_caught(work_: str, monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("anew")
 def test_gradients_that_skip_nothing_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """By weights alone, whose tiles are smaller."""
-    plan = canvas_cpu.plan
+    plan = cpu_canvas.plan
 
-    def dense(*arguments: Any) -> canvas_cpu.Plan:
+    def dense(*arguments: Any) -> cpu_canvas.Plan:
         found = plan(*arguments)
         if arguments[-1] == 5:
             found.taps[:, 2], found.taps[:, 3] = 0, arguments[1] * arguments[2]
         return found
 
-    monkeypatch.setattr(mint_layer_cpu, "plan", dense)
+    monkeypatch.setattr(cpu_mint_layer, "plan", dense)
     assert "compiled" in worse(f"compiled, {cases.CIFAR10[2]}, training step")
     assert not compare(f"compiled, {cases.CIFAR10[2]}, forward")
 
 
 def test_a_layer_computed_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, layer_op = f"compiled, {cases.MNIST[1]}, training step", mint_layer_cpu.layer_op
-    run = mint_layer_cpu.run_forward
+    case, layer_op = f"compiled, {cases.MNIST[1]}, training step", cpu_mint_layer.layer_op
+    run = cpu_mint_layer.run_forward
 
     def called_twice(*arguments: Any) -> Any:
         layer_op(*arguments)
@@ -314,10 +307,10 @@ def test_a_layer_computed_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
         return run(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mint_layer_cpu, "layer_op", called_twice)
+        patch.setattr(cpu_mint_layer, "layer_op", called_twice)
         assert worse(case) >= {"multiply-adds", "compiled"}
     with monkeypatch.context() as patch:
-        patch.setattr(mint_layer_cpu, "run_forward", run_twice)
+        patch.setattr(cpu_mint_layer, "run_forward", run_twice)
         assert worse(case) == {"compiled"}  # no operator tells
     assert not compare(case)
 
@@ -349,25 +342,25 @@ def of_kernels(scale: cases.Scale, operand: str, what: str) -> str:
 
 
 def test_an_extra_launch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = _launch.launch
+    launch = launching.launch
 
     def twice(kernel: Any, *arguments: Any, **constants: Any) -> None:
         for _ in range(1 + (kernel is mint_layer.output_kernel)):
             launch(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(_launch, "launch", twice)
+    monkeypatch.setattr(launching, "launch", twice)
     caught = worse(of_kernels(cases.MNIST[2], "half", "training step"))
     assert "output launches" in caught
     assert "middle launches" not in caught
 
 
 def test_wasteful_tiles_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden_tile = _configs.hidden_tile
+    hidden_tile = configs.hidden_tile
 
-    def wide(*arguments: Any) -> _configs.Tile:
+    def wide(*arguments: Any) -> configs.Tile:
         return hidden_tile(*arguments)._replace(block_n=128)
 
-    monkeypatch.setattr(_configs, "hidden_tile", wide)
+    monkeypatch.setattr(configs, "hidden_tile", wide)
     caught = worse(of_kernels(cases.CIFAR10[2], "ieee", "training step"))
     assert "middle scheduled" in caught
     assert "weight_gradient scheduled" not in caught
@@ -387,11 +380,11 @@ def test_kernels_multiply_what_is_counted_as_scheduled(
     weights = mint.MintLayer(3, (3, 4), 21).effective_weights()
     x = torch.randn(2, 3, 3, 4, requires_grad=True)
     # Blocks of the incoming channels, which are few, differ from those of hidden ones.
-    tile = _configs.Tile(64, 16, 32, 4, 2)
+    tile = configs.Tile(64, 16, 32, 4, 2)
 
     def train() -> None:
         structure = Structure(order, triangle, "elu")
-        with _configs.using("sm_90", "half", 3, 21, tile):
+        with configs.using("sm_90", "half", 3, 21, tile):
             with torch.autocast("cpu", torch.float16, enabled=half):
                 y, _, log_det = mint_layer.mint_forward(x, weights, structure)
             (y.sum() + log_det.sum()).backward(retain_graph=True)

@@ -21,13 +21,13 @@ pytest.importorskip("numba")
 import numba
 from numba.core import config
 
-from mintnet_triton.kernels import _numba
+from mintnet_triton.kernels.cpu import _numba
 
 ROOT = Path(__file__).parents[1]
 
 #: compiled in a moment
 SMALL = """
-from mintnet_triton.kernels._numba import called_through_pointer, compiled
+from mintnet_triton.kernels.cpu._numba import called_through_pointer, compiled
 
 @compiled
 def twice(x):
@@ -201,7 +201,7 @@ def test_a_full_disk(small: Small) -> None:
     printed = run(
         f"""
         import resource, sys
-        import mintnet_triton.kernels._numba
+        import mintnet_triton.kernels.cpu._numba
         sys.path.insert(0, {str(small.path.parent)!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         import small
@@ -241,9 +241,9 @@ for name in ("auto", "torch"):
         torch.testing.assert_close(found, before)
     before = found
 torch.testing.assert_close(found[2], x, rtol=0, atol=1e-4)
-assert not any(name.endswith("_cpu") and "products" not in name and "numba" in vars(module)
-               for name, module in sys.modules.items() if name.startswith("mintnet_triton"))
-assert "mintnet_triton.kernels._numba" not in sys.modules
+cpu = [name for name in sys.modules if name.startswith("mintnet_triton.kernels.cpu.")]
+assert not any("numba" in vars(sys.modules[name]) for name in cpu if "products" not in name)
+assert "mintnet_triton.kernels.cpu._numba" not in sys.modules
 """
 
 
@@ -268,7 +268,7 @@ def test_a_forked_process_shares_work_among_threads_of_its_own() -> None:
     run(
         """
         import os, signal, torch
-        from mintnet_triton.kernels.threads_cpu import share
+        from mintnet_triton.kernels.cpu.threads import share
 
         torch.set_num_threads(2)
         done = []

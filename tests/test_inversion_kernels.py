@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import mintnet_triton as mint
-from mintnet_triton.kernels import inversion, mint_layer
 from mintnet_triton.kernels.activation import NAMES
+from mintnet_triton.kernels.gpu import inversion, mint_layer
 from mintnet_triton.kernels.reference import Structure
 from tests import grid
 from tests.test_masked_conv_kernels import ORDERINGS

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mintnet_triton.kernels import _configs, _launch, masked_conv, reference
+from mintnet_triton.kernels import reference
 from mintnet_triton.kernels.activation import NAMES, find_activation
-from mintnet_triton.kernels.weights import pack
+from mintnet_triton.kernels.gpu import configs, launching, masked_conv
+from mintnet_triton.kernels.gpu.weights import pack
 from mintnet_triton.ordering import Order, Ordering, Triangle
 from tests import grid
 
@@ -205,8 +206,8 @@ def test_hidden_inputs_are_not_read(
     weight = random_weight(left).to(dtype)
     x = random(1, colours * units, 3, 3).to(dtype)
     packed = pack(weight, dtype)
-    arch = _configs.architecture(x.device)
-    tile = _configs.hidden_tile(arch, _configs.operand(dtype, "ieee"), colours, units, x.shape[1])
+    arch = configs.architecture(x.device)
+    tile = configs.hidden_tile(arch, configs.operand(dtype, "ieee"), colours, units, x.shape[1])
     expected = reference.masked_conv2d(x.double(), weight.double(), None, colours, *ordering)
     poisoned = 0
     for start in range(0, colours * units, tile.block_n):
@@ -240,14 +241,14 @@ def test_hidden_tiles_of_the_gradient_are_not_computed(ordering: Any) -> None:
     poisoned = x.masked_fill(hidden.view(-1, 1, 1), float("nan"))
     by_weight = masked_conv.weight_gradient_op(by_y, poisoned, 3, 1, *ordering, torch.float32)
     # Tiles that hold no unit of the last (first) colour see nothing of it.
-    arch = _configs.architecture(x.device)
-    tile = _configs.gradient_tile(arch, "ieee", 120, 120)
+    arch = configs.architecture(x.device)
+    tile = configs.gradient_tile(arch, "ieee", 120, 120)
     for row in range(0, 120, tile.block_n):
         for column in range(0, 120, tile.block_k):
             block = slice(row, row + tile.block_n), slice(column, column + tile.block_k)
             if not bool(left[block].any()):
                 assert not bool(by_weight[block].any())
-    assert _launch.accumulator(torch.float32) == by_weight.dtype
+    assert launching.accumulator(torch.float32) == by_weight.dtype
 
 
 @pytest.mark.parametrize(

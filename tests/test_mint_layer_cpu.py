@@ -14,17 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mintnet_triton as mint
 from mintnet_triton import MintLayer, frozen, use_backend
-from mintnet_triton.kernels import backend, threads_cpu, work
+from mintnet_triton.kernels import backend, work
 from mintnet_triton.kernels.activation import NAMES
+from mintnet_triton.kernels.cpu import threads as cpu_threads
 from mintnet_triton.kernels.reference import Structure
 from tests import grid
 
 pytest.importorskip("numba")
 from numba import types
 
-from mintnet_triton.kernels import canvas_cpu, mint_layer_cpu, tiles_cpu
-from mintnet_triton.kernels.canvas_cpu import SPAN, plan
-from mintnet_triton.kernels.tiles_cpu import VECTOR
+from mintnet_triton.kernels.cpu import canvas as cpu_canvas
+from mintnet_triton.kernels.cpu import mint_layer as cpu_mint_layer
+from mintnet_triton.kernels.cpu import tiles as cpu_tiles
+from mintnet_triton.kernels.cpu.canvas import SPAN, plan
+from mintnet_triton.kernels.cpu.tiles import VECTOR
 
 #: relative, root mean square; of gradients, where a kink is on either side of a rounded number
 TOLERANCE, OF_GRADIENTS = 5e-6, 2e-5
@@ -77,13 +80,13 @@ def compare(layer: MintLayer, x: Tensor) -> None:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the calls of the compiled layer: a test of anything else would prove nothing."""
     calls: list[int] = []
-    run = mint_layer_cpu.run_forward
+    run = cpu_mint_layer.run_forward
 
     def counting(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
         calls.append(len(x))
         return run(x, *arguments, **keywords)
 
-    monkeypatch.setattr(mint_layer_cpu, "run_forward", counting)
+    monkeypatch.setattr(cpu_mint_layer, "run_forward", counting)
     return calls
 
 
@@ -134,7 +137,7 @@ def test_variables_that_are_not_seen_do_not_matter() -> None:
     structure = Structure("channel", "lower", "elu")
     with torch.no_grad():
         results = [
-            mint_layer_cpu.mint_forward(x.masked_fill(later, value), weights, structure)
+            cpu_mint_layer.mint_forward(x.masked_fill(later, value), weights, structure)
             for value in (0.0, float("nan"))
         ]
     for clean, poisoned in zip(*results, strict=True):
@@ -359,12 +362,12 @@ def test_operators_are_well_formed_and_compile() -> None:
     structure = ("channel", "lower", "elu")
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        mint_layer_cpu.layer_op, (x, *parts, *structure, True, True, 2), test_utils=tests
+        cpu_mint_layer.layer_op, (x, *parts, *structure, True, True, 2), test_utils=tests
     )
-    _, diagonal, h1, h2 = mint_layer_cpu.layer_op(x, *parts, *structure, True, True, 2)
+    _, diagonal, h1, h2 = cpu_mint_layer.layer_op(x, *parts, *structure, True, True, 2)
     for by_weights in (True, False):
         arguments = (x, h1, h2, x, diagonal, *parts[:6:2], parts[6], *structure, by_weights, 2)
-        torch.library.opcheck(mint_layer_cpu.backward_op, arguments, test_utils=tests)
+        torch.library.opcheck(cpu_mint_layer.backward_op, arguments, test_utils=tests)
     upstream = torch.randn_like(x), torch.randn(4)
     expected = gradients(layer, x, upstream)
     layer.compile(backend="aot_eager", fullgraph=True)
@@ -387,17 +390,17 @@ def test_a_graph_is_for_batches_of_many_sizes() -> None:
 @pytest.mark.parametrize("own_threads", [False, True])
 def test_sharing_work(own_threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if own_threads:
-        monkeypatch.setattr(threads_cpu, "_openmp", lambda: None)
+        monkeypatch.setattr(cpu_threads, "_openmp", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     done: list[int] = []
-    threads_cpu.share(range(10), done.append)
+    cpu_threads.share(range(10), done.append)
     assert sorted(done) == list(range(10))
 
     def fail(part: int) -> None:
         raise ValueError(f"part {part}")
 
     with pytest.raises(ValueError, match="part"):
-        threads_cpu.share(range(10), fail)
+        cpu_threads.share(range(10), fail)
     compare(make_layer(), torch.randn(4, 3, 5, 6))
 
 
@@ -447,8 +450,8 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows, vectors = numbers[-2:]
         calls.append(outputs * inputs * rows * vectors * VECTOR)
 
-    loops = tiles_cpu.LOOPS._replace(add=Stub(9, add), dot=Stub(11, dot))
-    monkeypatch.setattr(mint_layer_cpu, "LOOPS", loops)
+    loops = cpu_tiles.LOOPS._replace(add=Stub(9, add), dot=Stub(11, dot))
+    monkeypatch.setattr(cpu_mint_layer, "LOOPS", loops)
     return calls
 
 
@@ -478,7 +481,7 @@ def test_declared_multiply_adds_are_done(case: dict[str, Any], done: list[int]) 
     def y_alone() -> None:
         weights = layer.effective_weights()
         structure = Structure(case["order"], case["triangle"], "elu")
-        mint_layer_cpu.mint_forward(x, weights, structure, diagonal=False)
+        cpu_mint_layer.mint_forward(x, weights, structure, diagonal=False)
 
     for work_ in (step, y_alone):
         done.clear()
@@ -498,10 +501,10 @@ from numba.core import caching
 caching.CacheImpl._locator_classes = []  # as where no folder can be written to
 import torch
 from mintnet_triton import MintLayer, frozen, use_backend
-from mintnet_triton.kernels import tiles_cpu
+from mintnet_triton.kernels.cpu import tiles as cpu_tiles
 
-assert tiles_cpu.VECTOR == 4
-assert "llvm.fma." not in tiles_cpu.add_products.inspect_llvm()
+assert cpu_tiles.VECTOR == 4
+assert "llvm.fma." not in cpu_tiles.add_products.inspect_llvm()
 torch.manual_seed(0)
 layer, x = MintLayer(1, (2, 3), 2, initialisation="classifier"), torch.randn(3, 1, 2, 3)
 with torch.no_grad():
@@ -519,10 +522,10 @@ def test_any_processor_without_a_cache() -> None:
 
 def test_what_numba_keeps_has_no_sizes_of_another_file() -> None:
     """It would not see them change."""
-    functions = [one.py_func for one in vars(canvas_cpu).values() if hasattr(one, "py_func")]
-    assert canvas_cpu.add_tile.py_func in functions
+    functions = [one.py_func for one in vars(cpu_canvas).values() if hasattr(one, "py_func")]
+    assert cpu_canvas.add_tile.py_func in functions
     for function in functions:
-        assert not {"VECTOR", *map(str.upper, tiles_cpu.Loops._fields)} & set(
+        assert not {"VECTOR", *map(str.upper, cpu_tiles.Loops._fields)} & set(
             function.__code__.co_names
         ), function
 

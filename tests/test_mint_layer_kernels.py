@@ -10,10 +10,11 @@ from torch import Tensor
 
 import mintnet_triton as mint
 from bench.cases import relative_rms
-from mintnet_triton.kernels import FrozenWeights, _launch, masked_conv, mint_forward, mint_layer
+from mintnet_triton.kernels import FrozenWeights, mint_forward
 from mintnet_triton.kernels.activation import NAMES
+from mintnet_triton.kernels.gpu import launching, masked_conv, mint_layer
+from mintnet_triton.kernels.gpu.weights import pack
 from mintnet_triton.kernels.reference import join_centres
-from mintnet_triton.kernels.weights import pack
 from tests import golden, grid
 from tests.test_masked_conv_kernels import ORDERINGS
 
@@ -483,13 +484,13 @@ def test_an_inversion_never_takes_tensorfloat(monkeypatch: pytest.MonkeyPatch) -
     layer = random_layer(1, 2, size=(2, 2), numbers="float32")
     x = random(1, 1, 2, 2, numbers="float32")
     taken = []
-    launch = _launch.launch
+    launch = launching.launch
 
     def record(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         taken.append(constants["PRECISION"])
         launch(kernel, grid, *arguments, **constants)
 
-    monkeypatch.setattr(_launch, "launch", record)
+    monkeypatch.setattr(launching, "launch", record)
     solver = mint.FixedPoint(iterations=2)
     with mint.use_backend("triton"), grid.precision_of("tf32"):
         z, _ = layer(x)

@@ -13,28 +13,28 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from mintnet_triton.kernels import _configs
+from mintnet_triton.kernels.gpu import configs
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MINTNET_TRITON_CACHE", str(tmp_path / "cache"))
-    _configs._tuned.cache_clear()
+    configs._tuned.cache_clear()
     yield tmp_path / "cache" / "tiles.json"
-    _configs._tuned.cache_clear()
+    configs._tuned.cache_clear()
 
 
 def test_the_fastest_tile_is_kept(cache: Path) -> None:
     flow = mint.MintNet(1, 4, pairs=2, hidden=16, squeezes=1)
     if torch.cuda.is_available():
         flow = flow.cuda()
-    arch = _configs.architecture(next(flow.parameters()).device)
-    best = _configs.CANDIDATES["ieee"][1]
-    before = _configs.hidden_tile(arch, "ieee", 1, 16, 16)
+    arch = configs.architecture(next(flow.parameters()).device)
+    best = configs.CANDIDATES["ieee"][1]
+    before = configs.hidden_tile(arch, "ieee", 1, 16, 16)
 
     def timer(step: Callable[[], object]) -> float:
-        tile = _configs.hidden_tile(arch, "ieee", 1, 16, 64)
-        if tile == _configs.CANDIDATES["ieee"][0]:
+        tile = configs.hidden_tile(arch, "ieee", 1, 16, 64)
+        if tile == configs.CANDIDATES["ieee"][0]:
             raise OutOfResources(2, 1, "shared memory")
         if tile != best:
             return 2.0
@@ -45,14 +45,14 @@ def test_the_fastest_tile_is_kept(cache: Path) -> None:
     assert set(found) == {f"{arch} ieee 1x16", f"{arch} ieee 4x4"}
     assert found[f"{arch} ieee 1x16"] == best != before
     assert {key: tuple(tile) for key, tile in json.loads(cache.read_text()).items()} == found
-    _configs._tuned.cache_clear()  # as another process would find it
-    assert _configs.hidden_tile(arch, "ieee", 1, 16, 64) == best
+    configs._tuned.cache_clear()  # as another process would find it
+    assert configs.hidden_tile(arch, "ieee", 1, 16, 64) == best
 
 
 def test_what_others_found_is_kept(cache: Path) -> None:
-    assert _configs.remember("sm_90", "half", 3, 4, _configs.Tile(1, 2, 3, 4, 5))
+    assert configs.remember("sm_90", "half", 3, 4, configs.Tile(1, 2, 3, 4, 5))
     cache.write_text('{"other": [64, 64, 32, 4, 3]}')
-    _configs.remember("sm_90", "half", 3, 5, _configs.Tile(1, 2, 3, 4, 5))
+    configs.remember("sm_90", "half", 3, 5, configs.Tile(1, 2, 3, 4, 5))
     assert json.loads(cache.read_text()).keys() == {"other", "sm_90 half 3x5"}
 
 
@@ -61,14 +61,14 @@ def test_what_others_found_is_kept(cache: Path) -> None:
     [b"", b"{", b"[]", b"\xff\x00", b'{"sm_90 ieee 1x2": [64]}', b'{"sm_90 ieee 1x2": "tile!"}'],
 )
 def test_a_damaged_file_is_warned_of_once_and_replaced(cache: Path, content: bytes) -> None:
-    table = _configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
+    table = configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
     cache.parent.mkdir()
     cache.write_bytes(content)
-    _configs._tuned.cache_clear()
+    configs._tuned.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"tiles cannot be read.*MINTNET_TRITON_CACHE"):
-        assert _configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == table
-    assert _configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == table  # without a warning
-    _configs.remember("sm_90", "ieee", 1, 2, _configs.Tile(1, 2, 3, 4, 5))
+        assert configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == table
+    assert configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == table  # without a warning
+    configs.remember("sm_90", "ieee", 1, 2, configs.Tile(1, 2, 3, 4, 5))
     assert json.loads(cache.read_text()).keys() == {"sm_90 ieee 1x2"}
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_file_is_warned_of_once_and_replaced(cache: Path, content: byt
 def test_tiles_that_cannot_be_kept_hold_in_this_process(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tile = _configs.Tile(16, 16, 16, 4, 5)
+    tile = configs.Tile(16, 16, 16, 4, 5)
     if place == "file":
         (tmp_path / "cache").write_text("no folder")
     else:
@@ -86,8 +86,8 @@ def test_tiles_that_cannot_be_kept_hold_in_this_process(
 
         monkeypatch.setattr(Path, "write_text", full)
     with pytest.warns(RuntimeWarning, match="cannot be kept for other processes"):
-        _configs.remember("sm_90", "ieee", 1, 2, tile)
-    assert _configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == tile
+        configs.remember("sm_90", "ieee", 1, 2, tile)
+    assert configs.hidden_tile("sm_90", "ieee", 1, 2, 16) == tile
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "expanduser", nowhere)
     with pytest.warns(RuntimeWarning, match="tiles cannot be read"):
-        _configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
+        configs.hidden_tile("sm_90", "ieee", 1, 2, 16)
 
 
 def test_no_tile_fits() -> None:

@@ -18,7 +18,8 @@ from mintnet_triton.kernels.reference import MintWeights
 
 pytest.importorskip("triton")
 
-from mintnet_triton.kernels import ranges, wavefront
+from mintnet_triton.kernels import ranges
+from mintnet_triton.kernels.gpu import wavefront
 from tests import grid
 from tests.test_fronts import stiff, weights_of
 from tests.test_masked_conv_kernels import ORDERINGS

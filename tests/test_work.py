@@ -12,9 +12,10 @@ from mintnet_triton.ordering import Order, Triangle
 
 pytest.importorskip("triton")
 
-from mintnet_triton.kernels import _configs, _launch, work
-from mintnet_triton.kernels.masked_conv import run_conv
-from mintnet_triton.kernels.weights import pack
+from mintnet_triton.kernels import work
+from mintnet_triton.kernels.gpu import configs, launching
+from mintnet_triton.kernels.gpu.masked_conv import run_conv
+from mintnet_triton.kernels.gpu.weights import pack
 
 CIFAR10 = [(3, 85, 1.25), (12, 21, 1.35), (48, 5, 1.35)]
 
@@ -40,13 +41,13 @@ def products(mask: torch.Tensor, size: tuple[int, int]) -> int:
 
 
 @pytest.mark.parametrize("triangle", ["lower", "upper"])
-@pytest.mark.parametrize("operand", _configs.OPERANDS)
-@pytest.mark.parametrize("arch", sorted(_configs.TABLES))
+@pytest.mark.parametrize("operand", configs.OPERANDS)
+@pytest.mark.parametrize("arch", sorted(configs.TABLES))
 @pytest.mark.parametrize(("colours", "units", "bound"), CIFAR10)
 def test_tiles_skip_what_the_mask_hides(
     colours: int, units: int, bound: float, arch: str, operand: str, triangle: str
 ) -> None:
-    tile = _configs.hidden_tile(arch, operand, colours, units, colours * units)
+    tile = configs.hidden_tile(arch, operand, colours, units, colours * units)
     structure = (units, units, colours, 3, "channel", triangle)
     scheduled = work.scheduled(*structure, tile.block_n, tile.block_k)
     assert scheduled <= bound * work.exact(*structure)
@@ -78,7 +79,7 @@ def test_kernels_do_the_scheduled_work(
     out = torch.empty(1, channels, 2, 3)
     weight = pack(torch.randn(channels, channels, 3, 3), torch.float32)
     run_conv(out, x, weight, None, units, colours, order, triangle, "identity", "ieee")
-    tile = _configs.hidden_tile(_configs.architecture(x.device), "ieee", colours, units, channels)
+    tile = configs.hidden_tile(configs.architecture(x.device), "ieee", colours, units, channels)
     structure = (units, units, colours, 3, order, triangle)
     scheduled = work.scheduled(*structure, tile.block_n, tile.block_k)
     assert done == scheduled * tile.block_m  # six pixels are one tile
@@ -89,7 +90,7 @@ def test_kernels_do_the_scheduled_work(
 def test_kernels_declare_their_work(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     colours, units, size, samples, kernels = 3, 5, (3, 4), 2, (1, 3, 5)
     declared = []
-    launch = _launch.launch
+    launch = launching.launch
 
     def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
@@ -99,7 +100,7 @@ def test_kernels_declare_their_work(half: bool, monkeypatch: pytest.MonkeyPatch)
         assert declared[-1]["bytes"] == size
         launch(kernel, grid, *arguments, **constants)
 
-    monkeypatch.setattr(_launch, "launch", note)
+    monkeypatch.setattr(launching, "launch", note)
     layer = mint.MintLayer(colours, size, units, "upper", kernel_size=kernels)
     x = torch.randn(samples, colours, *size, requires_grad=True)
     with mint.use_backend("triton"):
@@ -129,4 +130,4 @@ def test_kernels_declare_their_work(half: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_padding_keeps_rows_aligned() -> None:
-    assert [_launch.padded(channels) for channels in (1, 16, 17, 255)] == [16, 16, 32, 256]
+    assert [launching.padded(channels) for channels in (1, 16, 17, 255)] == [16, 16, 32, 256]

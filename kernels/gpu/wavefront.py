@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mintnet_triton.kernels import _configs, _launch, fronts
+from mintnet_triton.kernels import fronts
 from mintnet_triton.kernels.activation import Activation
 from mintnet_triton.kernels.fronts import Slopes, Wave, as_lower, empty_wave, steepest_share
-from mintnet_triton.kernels.masked_conv import add_conv, first_block, seen_inputs
+from mintnet_triton.kernels.gpu import configs, launching
+from mintnet_triton.kernels.gpu.activation import activate, slope
+from mintnet_triton.kernels.gpu.masked_conv import add_conv, first_block, seen_inputs
+from mintnet_triton.kernels.gpu.weights import kernel_size, pack
 from mintnet_triton.kernels.reference import MintWeights
-from mintnet_triton.kernels.triton_activation import activate, slope
-from mintnet_triton.kernels.weights import kernel_size, pack
 
 STEPS = tl.constexpr(fronts.STEPS)
 SLACK = tl.constexpr(fronts.SLACK)
@@ -316,7 +317,7 @@ def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: 
         slopes = (torch.empty_like(h1), torch.empty_like(h2))
         for stored, one in zip(slopes, hidden, strict=True):
             stored[..., : units * colours] = one.permute(0, 2, 3, 1)
-    tile = _configs.wavefront_tile(units)
+    tile = configs.wavefront_tile(units)
     most = batch * min(height, -(-width // skew))  # unknowns of a colour in a front
     arguments = (
         *wave, h1, h2, z, weights.t.contiguous(), steepest_share(weights, hidden),
@@ -325,7 +326,7 @@ def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: 
         weights.centre1.contiguous(), centre2, weights.centre3.contiguous(), *slopes, batch,
     )  # fmt: skip
     for first, active, plane in launches(colours, height, width, skew, order):
-        _launch.launch(
+        launching.launch(
             wavefront_kernel,
             (triton.cdiv(most, tile.block_m), active),
             *arguments, first, plane, height, width, stride, weight1.shape[2], centre2.shape[2],
@@ -333,6 +334,6 @@ def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: 
             ACTIVATION="given" if isinstance(hidden, Slopes) else hidden.name,
             KERNEL1=kernels[0], KERNEL2=kernels[1], KERNEL3=kernels[2], SKEW=skew, ORDER=order,
             EPSILON=torch.finfo(z.dtype).eps, BLOCK_OWN=min(tile.block_k, tile.block_n),
-            **_launch.numerics(z.dtype, "ieee"), **_launch.blocks(tile),
+            **launching.numerics(z.dtype, "ieee"), **launching.blocks(tile),
         )  # fmt: skip
     return wave

@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mintnet_triton.kernels import _configs, _launch, ranges
+from mintnet_triton.kernels import ranges
 from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
-from mintnet_triton.kernels.triton_activation import activate, slope
-from mintnet_triton.kernels.weights import kernel_size, pack, pack_transposed, unpack
+from mintnet_triton.kernels.gpu import configs, launching
+from mintnet_triton.kernels.gpu.activation import activate, slope
+from mintnet_triton.kernels.gpu.weights import kernel_size, pack, pack_transposed, unpack
 from mintnet_triton.kernels.work import Declared
 
 seen_inputs, first_block = triton.jit(ranges.seen_inputs), triton.jit(ranges.first_block)
@@ -387,12 +388,12 @@ def run_conv(
         running: residuals (B,) and a tolerance (); samples within it are skipped.
     """
     batch, width_in, height, width = x.shape
-    arch, operand = _configs.architecture(x.device), _configs.operand(weight.dtype, precision)
+    arch, operand = configs.architecture(x.device), configs.operand(weight.dtype, precision)
     units_out = weight.shape[1] // colours
-    tile = _configs.hidden_tile(arch, operand, colours, units_out, width_in)
+    tile = configs.hidden_tile(arch, operand, colours, units_out, width_in)
     m_tiles = triton.cdiv(batch * height * width, tile.block_m)
     residual, tolerance = (None, None) if running is None else running
-    _launch.launch(
+    launching.launch(
         masked_conv_kernel,
         (m_tiles * triton.cdiv(out.shape[1], tile.block_n),),
         out, x, weight, bias, residual, tolerance, batch, height, width,
@@ -402,7 +403,7 @@ def run_conv(
         units_in, units_out, colours,
         ACTIVATION=activation, HAS_BIAS=bias is not None, SKIP=running is not None,
         KERNEL=kernel_size(weight), ORDER=order, TRIANGLE=triangle,
-        **_launch.numerics(weight.dtype, precision), **_launch.blocks(tile),
+        **launching.numerics(weight.dtype, precision), **launching.blocks(tile),
     )  # fmt: skip
 
 
@@ -430,18 +431,18 @@ def run_weight_gradient(
     """
     batch, width_in, height, width = x.shape
     outputs, inputs = units_out * colours, units_in * colours
-    arch, operand = _configs.architecture(x.device), _configs.operand(dtype, precision)
-    tile = _configs.gradient_tile(arch, operand, inputs, outputs)
+    arch, operand = configs.architecture(x.device), configs.operand(dtype, precision)
+    tile = configs.gradient_tile(arch, operand, inputs, outputs)
     tiles = triton.cdiv(inputs, tile.block_k) * triton.cdiv(outputs, tile.block_n) * kernel**2
     pixels = batch * height * width
     # A part is never so short that its sum costs more than its products.
     most = max(1, pixels // (8 * tile.block_m))
     splits = min(triton.cdiv(GRADIENT_PROGRAMS, tiles), most)
-    total = _launch.accumulator(dtype)
+    total = launching.accumulator(dtype)
     partial = x.new_empty((splits, kernel**2, outputs, inputs), dtype=total)
     per_split = triton.cdiv(triton.cdiv(pixels, splits), tile.block_m) * tile.block_m
-    numerics = _launch.numerics(dtype, precision)
-    _launch.launch(
+    numerics = launching.numerics(dtype, precision)
+    launching.launch(
         weight_gradient_kernel,
         (tiles, splits),
         partial, gradient, x, scale, batch, height, width,
@@ -449,7 +450,8 @@ def run_weight_gradient(
         x.stride(0), x.stride(2), x.stride(3), x.stride(1),
         gradient.shape[1], width_in, per_split, units_in, units_out, colours,
         SLOPES=slopes, KERNEL=kernel, ORDER=order, TRIANGLE=triangle,
-        PRECISION=numerics["PRECISION"], OPERAND=_launch.TL_DTYPES[dtype], **_launch.blocks(tile),
+        PRECISION=numerics["PRECISION"], OPERAND=launching.TL_DTYPES[dtype],
+        **launching.blocks(tile),
     )  # fmt: skip
     return unpack(partial.sum(0))
 
@@ -465,7 +467,7 @@ def _conv(
     activation: str,
 ) -> Tensor:
     out = _conv_fake(x, weight, bias, units_in, colours, order, triangle, activation)
-    precision = _launch.default_precision()
+    precision = launching.default_precision()
     run_conv(out, x, weight, bias, units_in, colours, order, triangle, activation, precision)
     return out
 
@@ -492,7 +494,7 @@ def _weight_gradient(
 ) -> Tensor:
     return run_weight_gradient(
         gradient, x, None, gradient.shape[1] // colours, x.shape[1] // colours, colours, kernel,
-        order, triangle, "none", dtype, _launch.default_precision(),
+        order, triangle, "none", dtype, launching.default_precision(),
     ).contiguous()  # fmt: skip
 
 
@@ -506,7 +508,7 @@ def _weight_gradient_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     shape = (gradient.shape[1], x.shape[1], kernel, kernel)
-    return x.new_empty(shape, dtype=_launch.accumulator(dtype))
+    return x.new_empty(shape, dtype=launching.accumulator(dtype))
 
 
 conv_op = register(
@@ -560,7 +562,7 @@ class _MaskedConv(torch.autograd.Function):
                 gradient, x, colours, weight.shape[-1], order, triangle, ctx.dtype
             )
         if ctx.needs_input_grad[2]:
-            by_bias = gradient.sum((0, 2, 3), dtype=_launch.accumulator(ctx.dtype))
+            by_bias = gradient.sum((0, 2, 3), dtype=launching.accumulator(ctx.dtype))
         return by_x, by_weight, by_bias, None, None, None
 
 

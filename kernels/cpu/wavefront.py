@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.kernels import fronts
-from mintnet_triton.kernels._numba import compiled, summing
 from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES, Activation
+from mintnet_triton.kernels.cpu._numba import compiled, summing
+from mintnet_triton.kernels.cpu.products import PaddedImages, by_tap
+from mintnet_triton.kernels.cpu.threads import share
 from mintnet_triton.kernels.fronts import (
     Slopes,
     Wave,
@@ -31,9 +33,7 @@ from mintnet_triton.kernels.fronts import (
     seen_before,
     steepest_share,
 )
-from mintnet_triton.kernels.products_cpu import PaddedImages, by_tap
 from mintnet_triton.kernels.reference import MintWeights
-from mintnet_triton.kernels.threads_cpu import share
 
 #: lines that are added at once; :func:`add_lines` spells them out
 UNROLL = 8

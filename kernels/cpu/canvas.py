@@ -7,10 +7,10 @@ whatever the size of an image.
 
 A masked convolution adds up, for a *tile* of outputs, what each tap sees: one range of input
 channels (:mod:`.ranges`); nothing outside of it is loaded or multiplied, nor are taps beyond the
-border. All products are in the innermost loops, :mod:`.tiles_cpu`.
+border. All products are in the innermost loops, :mod:`.tiles`.
 
-The diagonal, and the gradients, are as in :mod:`.mint_layer`: v is the product of the joined centre
-weights with the slopes of the other hidden layer.
+The diagonal, and the gradients, are as in :mod:`.gpu.mint_layer`: v is the product of the joined
+centre weights with the slopes of the other hidden layer.
 """
 
 import math
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mintnet_triton.kernels._numba import compiled, summing
 from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES
+from mintnet_triton.kernels.cpu._numba import compiled, summing
+from mintnet_triton.kernels.cpu.tiles import MOST
 from mintnet_triton.kernels.ranges import seen_inputs
-from mintnet_triton.kernels.tiles_cpu import MOST
 
 #: floats along which a gradient by weights is summed at once: what it reads stays in a near cache
 SPAN = 1024

@@ -15,7 +15,7 @@ from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from mintnet_triton.kernels._numba import called_through_pointer
+from mintnet_triton.kernels.cpu._numba import called_through_pointer
 
 # Those that numba compiles for, which its settings may make fewer than the machine has; they are
 # in the key of its cache, so that machines that share one do not take each other's sizes.

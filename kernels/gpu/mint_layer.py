@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mintnet_triton.kernels import _configs, _launch
 from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
-from mintnet_triton.kernels.masked_conv import (
+from mintnet_triton.kernels.gpu import configs, launching
+from mintnet_triton.kernels.gpu.activation import activate, slope, slope_derivative
+from mintnet_triton.kernels.gpu.masked_conv import (
     add_conv,
     add_product,
     any_running,
@@ -32,15 +33,14 @@ from mintnet_triton.kernels.masked_conv import (
     run_weight_gradient,
     seen_inputs,
 )
-from mintnet_triton.kernels.reference import MintWeights, Structure, join_centres
-from mintnet_triton.kernels.triton_activation import activate, slope, slope_derivative
-from mintnet_triton.kernels.weights import (
+from mintnet_triton.kernels.gpu.weights import (
     centres_unit,
     kernel_size,
     pack,
     pack_centres,
     pack_transposed,
 )
+from mintnet_triton.kernels.reference import MintWeights, Structure, join_centres
 from mintnet_triton.kernels.work import Declared
 
 
@@ -407,11 +407,11 @@ def new_hidden(x: Tensor, packed: Packed) -> Tensor:
     return x.new_empty(shape, dtype=packed.weight2.dtype)
 
 
-def middle_tile(packed: Packed, colours: int, precision: str) -> _configs.Tile:
-    arch = _configs.architecture(packed.t.device)
-    operand = _configs.operand(packed.weight2.dtype, precision)
+def middle_tile(packed: Packed, colours: int, precision: str) -> configs.Tile:
+    arch = configs.architecture(packed.t.device)
+    operand = configs.operand(packed.weight2.dtype, precision)
     outputs, stride = packed.weight2.shape[1:]
-    return _configs.hidden_tile(arch, operand, colours, outputs // colours, stride)
+    return configs.hidden_tile(arch, operand, colours, outputs // colours, stride)
 
 
 def slots(units: int, colours: int, tile: int) -> int:
@@ -443,19 +443,19 @@ def run_hidden(
     units = outputs // colours
     tile = middle_tile(packed, colours, precision)
     pixels = batch * height * width
-    numerics = _launch.numerics(packed.weight2.dtype, precision)
+    numerics = launching.numerics(packed.weight2.dtype, precision)
     parts = x.new_empty(
         (slots(units, colours, tile.block_n), pixels, colours),
-        dtype=_launch.accumulator(packed.weight2.dtype),
+        dtype=launching.accumulator(packed.weight2.dtype),
     )
     residual, tolerance = (None, None) if running is None else running
-    _launch.launch(
+    launching.launch(
         middle_kernel,
         (triton.cdiv(pixels, tile.block_m) * triton.cdiv(outputs, tile.block_n),),
         h2, parts, h1, packed.weight2, packed.bias2, packed.centres, packed.unit,
         residual, tolerance, batch, height, width, stride, units, colours,
         ACTIVATION=activation, SKIP=running is not None, KERNEL=kernel_size(packed.weight2),
-        ORDER=order, TRIANGLE=triangle, **numerics, **_launch.blocks(tile),
+        ORDER=order, TRIANGLE=triangle, **numerics, **launching.blocks(tile),
     )  # fmt: skip
     return parts
 
@@ -477,7 +477,7 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     packed = Packed(weight1, bias1, weight2, bias2, weight3, bias3, centres, t, unit)
     structure = Structure(order, triangle, activation)
-    precision = _launch.default_precision()
+    precision = launching.default_precision()
     y, diagonal, _, h1, h2 = _layer_fake(x, *packed, *structure)
     parts = run_hidden(x, h1, h2, packed, structure, precision)
     log_det = run_output(y, diagonal, x, h2, parts, packed, structure, precision)
@@ -515,7 +515,7 @@ def run_output(
     tile = output_tile(packed.weight3, colours, height * width, precision)
     tiles = triton.cdiv(height * width, tile.block_m) * triton.cdiv(colours, tile.block_n)
     logs = diagonal.new_empty((batch, tiles))
-    _launch.launch(
+    launching.launch(
         output_kernel,
         (batch * tiles,),
         y, diagonal, logs, x, h2, packed.weight3, packed.bias3, packed.t, parts,
@@ -523,15 +523,15 @@ def run_output(
         stride, outputs // colours, colours,
         FORWARD=True, SLOTS=len(parts), TILE=middle_tile(packed, colours, precision).block_n,
         KERNEL=kernel_size(packed.weight3), ORDER=structure.order, TRIANGLE=structure.triangle,
-        **_launch.numerics(packed.weight3.dtype, precision), **_launch.blocks(tile),
+        **launching.numerics(packed.weight3.dtype, precision), **launching.blocks(tile),
     )  # fmt: skip
     return logs.sum(1)
 
 
-def output_tile(weight: Tensor, colours: int, area: int, precision: str) -> _configs.Tile:
-    arch = _configs.architecture(weight.device)
-    operand = _configs.operand(weight.dtype, precision)
-    return _configs.output_tile(arch, operand, colours, area)
+def output_tile(weight: Tensor, colours: int, area: int, precision: str) -> configs.Tile:
+    arch = configs.architecture(weight.device)
+    operand = configs.operand(weight.dtype, precision)
+    return configs.output_tile(arch, operand, colours, area)
 
 
 def _backward(
@@ -553,23 +553,23 @@ def _backward(
     stride = h1.shape[3]
     outputs = weight2.shape[0]
     units = outputs // colours
-    precision = _launch.default_precision()
+    precision = launching.default_precision()
     dtype = h1.dtype
     back = opposite(triangle)
-    numerics = _launch.numerics(dtype, precision)
+    numerics = launching.numerics(dtype, precision)
     by_x, by_a1, by_a2 = _backward_fake(x, h1)
     by_pixel = by_diagonal.permute(0, 2, 3, 1).contiguous()
     unit = centres_unit(centres, dtype)
-    arch, operand = _configs.architecture(x.device), _configs.operand(dtype, precision)
+    arch, operand = configs.architecture(x.device), configs.operand(dtype, precision)
     for by_a, incoming, weight, own, other, centre, units_in in (
         (by_a2, by_y, weight3, h2, h1, centres, 1),
         (by_a1, as_image(by_a2), weight2, h1, h2, centres.mT, units),
     ):
         packed = pack_transposed(weight, dtype)
-        tile = _configs.hidden_tile(arch, operand, colours, units, incoming.shape[1])
-        own_tile = _configs.hidden_tile(arch, operand, colours, units, stride)
+        tile = configs.hidden_tile(arch, operand, colours, units, incoming.shape[1])
+        own_tile = configs.hidden_tile(arch, operand, colours, units, stride)
         pixels = batch * height * width
-        _launch.launch(
+        launching.launch(
             hidden_gradient_kernel,
             (triton.cdiv(pixels, tile.block_m) * triton.cdiv(outputs, tile.block_n),),
             by_a, incoming, packed, own, other, pack_centres(centre, dtype, unit), unit, by_pixel,
@@ -577,18 +577,18 @@ def _backward(
             incoming.stride(0), incoming.stride(2), incoming.stride(3), incoming.stride(1),
             incoming.shape[1], packed.shape[2], stride, units_in, units, colours,
             ACTIVATION=activation, KERNEL=kernel_size(packed), ORDER=order, TRIANGLE=back,
-            BLOCK_OWN=own_tile.block_k, **numerics, **_launch.blocks(tile),
+            BLOCK_OWN=own_tile.block_k, **numerics, **launching.blocks(tile),
         )  # fmt: skip
     packed = pack_transposed(weight1, dtype)
     tile = output_tile(packed, colours, height * width, precision)
     tiles = triton.cdiv(height * width, tile.block_m) * triton.cdiv(colours, tile.block_n)
-    _launch.launch(
+    launching.launch(
         output_kernel,
         (batch * tiles,),
         by_x, None, None, by_y, by_a1, packed, None, t, None, batch, height, width,
         by_y.stride(0), by_y.stride(2), by_y.stride(3), by_y.stride(1), stride, units, colours,
         FORWARD=False, SLOTS=0, TILE=0, KERNEL=kernel_size(packed), ORDER=order, TRIANGLE=back,
-        **numerics, **_launch.blocks(tile),
+        **numerics, **launching.blocks(tile),
     )  # fmt: skip
     return by_x, by_a1, by_a2
 
@@ -613,7 +613,7 @@ def _weight_gradients(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     colours, dtype = x.shape[1], h1.dtype
-    precision = _launch.default_precision()
+    precision = launching.default_precision()
     image1, image2 = as_image(h1), as_image(h2)
     gradients = [
         run_weight_gradient(
@@ -641,7 +641,7 @@ def _weight_gradients_fake(
     by_diagonal: Tensor, units: int, kernels: list[int], *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     colours = x.shape[1]
-    hidden, dtype = units * colours, _launch.accumulator(h1.dtype)
+    hidden, dtype = units * colours, launching.accumulator(h1.dtype)
     shapes = (
         (hidden, colours, kernels[0], kernels[0]),
         (hidden, hidden, kernels[1], kernels[1]),

@@ -1,6 +1,6 @@
 """The Mint layer and its gradient on a CPU, in float32, in torch's terms.
 
-The arithmetic is that of :mod:`.canvas_cpu`. Here weights are packed for it, groups of samples are
+The arithmetic is that of :mod:`.canvas`. Here weights are packed for it, groups of samples are
 shared among threads, and the whole becomes two operators with a gradient.
 """
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mintnet_triton.kernels import reference
 from mintnet_triton.kernels._library import opposite, register
 from mintnet_triton.kernels.activation import NAMES, find_activation
-from mintnet_triton.kernels.canvas_cpu import (
+from mintnet_triton.kernels.cpu.canvas import (
     Lines,
     Plan,
     backward_groups,
@@ -23,6 +23,8 @@ from mintnet_triton.kernels.canvas_cpu import (
     forward_groups,
     plan,
 )
+from mintnet_triton.kernels.cpu.threads import share
+from mintnet_triton.kernels.cpu.tiles import LOOPS, MOST, OUTPUTS, VECTOR
 from mintnet_triton.kernels.reference import (
     MintWeights,
     Structure,
@@ -30,8 +32,6 @@ from mintnet_triton.kernels.reference import (
     join,
     with_centres,
 )
-from mintnet_triton.kernels.threads_cpu import share
-from mintnet_triton.kernels.tiles_cpu import LOOPS, MOST, OUTPUTS, VECTOR
 
 Array = np.ndarray[Any, Any]
 

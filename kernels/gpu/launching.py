@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mintnet_triton.kernels import _configs
+from mintnet_triton.kernels.gpu import configs
 
 #: the multiple of channels to which rows of hidden layers and weights are padded: in every dtype,
 #: a row then begins where 16 bytes can be loaded
@@ -48,7 +48,7 @@ def numerics(dtype: torch.dtype, precision: str) -> dict[str, Any]:
     }
 
 
-def blocks(tile: _configs.Tile) -> dict[str, int]:
+def blocks(tile: configs.Tile) -> dict[str, int]:
     """The keywords of a launch that a tile stands for."""
     return {
         "BLOCK_M": tile.block_m,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mintnet_triton.kernels._launch import padded
+from mintnet_triton.kernels.gpu.launching import padded
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mintnet_triton.kernels import _launch
-from mintnet_triton.kernels.masked_conv import add_conv
-from mintnet_triton.kernels.mint_layer import (
+from mintnet_triton.kernels.gpu import launching
+from mintnet_triton.kernels.gpu.masked_conv import add_conv
+from mintnet_triton.kernels.gpu.mint_layer import (
     Packed,
     collect_diagonal,
     middle_tile,
@@ -28,8 +28,8 @@ from mintnet_triton.kernels.mint_layer import (
     output_tile,
     run_hidden,
 )
+from mintnet_triton.kernels.gpu.weights import kernel_size
 from mintnet_triton.kernels.reference import Structure
-from mintnet_triton.kernels.weights import kernel_size
 from mintnet_triton.kernels.work import Declared
 
 #: iterations between two looks at the residuals by the host
@@ -147,7 +147,7 @@ def fixed_point(
     outputs, stride = packed.weight2.shape[1:]
     integer = torch.int64 if z.dtype == torch.float64 else torch.int32
     # Rows are padded, for kernels are compiled for the alignment of what they are given.
-    rows = torch.zeros(iterations + 2, _launch.padded(batch), dtype=z.dtype, device=z.device)
+    rows = torch.zeros(iterations + 2, launching.padded(batch), dtype=z.dtype, device=z.device)
     residuals = rows[:, :batch]
     residuals[0] = torch.finfo(z.dtype).max
     scale = z.abs().flatten(1).amax(1).clamp(min=1)
@@ -164,7 +164,7 @@ def fixed_point(
         if i % STRIDE == STRIDE - 1 and not capturing and not bool(is_running(*running).any()):
             break
         parts = run_hidden(x, h1, h2, packed, structure, "ieee", running)
-        _launch.launch(
+        launching.launch(
             update_kernel,
             (batch * tiles,),
             x_next, residuals[i + 1].view(integer), logs, x, z, scale, residuals[i], h2,
@@ -172,7 +172,7 @@ def fixed_point(
             batch, height, width, stride, outputs // colours, colours,
             SLOTS=len(parts), TILE=middle_tile(packed, colours, "ieee").block_n,
             KERNEL=kernel_size(packed.weight3), ORDER=structure.order, TRIANGLE=structure.triangle,
-            **_launch.numerics(z.dtype, "ieee"), **_launch.blocks(tile),
+            **launching.numerics(z.dtype, "ieee"), **launching.blocks(tile),
         )  # fmt: skip
     steps = is_running(residuals[:-1], limit).sum(0) - 1
     answer = torch.where((steps % 2 == 0).view(-1, 1, 1, 1), *copies)

@@ -1,0 +1,1 @@
+"""The operations compiled by numba, for CPUs."""

@@ -1,6 +1,6 @@
 """The layer's arithmetic on a CPU, run as plain Python, with every access to memory checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +96,15 @@ def loops_of(vector: int, most: int, few: int, outputs: int) -> Loops:
     return Loops(add, dot, vector, most, few, outputs, outputs)
 
 
+@pytest.fixture
+def nan_where_empty() -> Iterator[None]:
+    """Of torch's tensors, as of :func:`empty`'s arrays."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.zeros(0).new_empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=[(16, 14, 6, 5), (8, 6, 2, 3), (4, 6, 2, 3)])
 def in_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled; sizes are those of AVX-512, AVX and SSE."""
@@ -118,22 +127,22 @@ def in_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(cpu_mint_layer, name, value)
 
 
-@pytest.mark.usefixtures("in_python")
+@pytest.mark.usefixtures("in_python", "nan_where_empty")
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of exp, where none is used
 @pytest.mark.parametrize(
-    ("colours", "size", "hidden", "kernel_size", "batch"),
+    ("colours", "size", "hidden", "kernel_size", "batch", "triangle"),
     [
-        (1, (1, 1), 1, (7, 1, 3), 3),  # kernels wider than images
-        (2, (5, 1), 3, (3, 5, 7), 5),  # groups that are not full
-        (1, (2, 65), 2, (5, 3, 1), 1),  # a line of one image, more than whole vectors
-        (16, (1, 2), 1, 1, 3),  # tiles of several colours
-        (1, (2, 3), 16, (3, 1, 3), 7),  # several tiles of a colour
-        (1, (70, 16), 1, 3, 4),  # rows in several parts
+        (1, (1, 1), 1, (7, 1, 3), 3, "lower"),  # kernels wider than images
+        (2, (5, 1), 3, (3, 5, 7), 5, "lower"),  # groups that are not full
+        (1, (2, 65), 2, (5, 3, 1), 1, "upper"),  # a line of one image, more than whole vectors
+        (16, (1, 2), 1, 1, 3, "upper"),  # tiles of several colours
+        (1, (2, 3), 16, (3, 1, 3), 7, "lower"),  # several tiles of a colour
+        (1, (70, 16), 1, 3, 4, "upper"),  # rows in several parts
     ],
 )
 def test_no_access_beyond_an_array(
-    colours: int, size: Any, hidden: int, kernel_size: Any, batch: int
+    colours: int, size: Any, hidden: int, kernel_size: Any, batch: int, triangle: str
 ) -> None:
-    arguments = {"order": "pixel", "triangle": "upper", "kernel_size": kernel_size}
+    arguments = {"order": "pixel", "triangle": triangle, "kernel_size": kernel_size}
     layer = make_layer(colours, size, hidden, **arguments)
     compare(layer, torch.randn(batch, colours, *size))

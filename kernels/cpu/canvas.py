@@ -1,9 +1,9 @@
 """The Mint layer and its gradient on a CPU, in float32: the arithmetic, compiled by numba.
 
-Samples are computed in groups. A *canvas* holds a group's images, (rows, channels, line): a line is
-one row of one channel, the pixels of all samples of the group side by side, with zeros at both
-ends. So a tap of a kernel is a whole line at a constant distance, and every loop runs along lines,
-whatever the size of an image.
+Samples are computed in groups. A *canvas* (:mod:`mintnet_triton.kernels.canvas`) holds a group's
+images, (rows, channels, line): a line is one row of one channel, the pixels of all samples of the
+group side by side, with zeros before and after them. So a tap of a kernel is a whole line at a
+constant distance, and every loop runs along lines, whatever the size of an image.
 
 A masked convolution adds up, for a *tile* of outputs, what each tap sees: one range of input
 channels (:mod:`.ranges`); nothing outside of it is loaded or multiplied, nor are taps beyond the
@@ -188,25 +188,44 @@ def address(values, place):
     return np.int64(values.ctypes.data) + values.itemsize * place
 
 
+class Lines(NamedTuple):
+    """The lines of a canvas, in floats."""
+
+    height: int
+    width: int
+    group: int  # samples side by side
+    margin: int  # zeros between lines, before the first and after the last
+    pixels: int  # width * group
+    length: int  # the pixels and zeros up to whole vectors
+    line: int  # how far lines are apart
+
+
+class Sheet(NamedTuple):
+    """A canvas, or other lines that are read as one: (rows, channels, line), flat."""
+
+    values: np.ndarray[Any, Any]
+    channels: int
+    line: int  # how far lines are apart
+    margin: int  # where the first begins
+
+
 @compiled
-def add_tile(loops, conv, tile, source, y, row, line, margin, group, height, length, sums, table):
-    """Add a convolution to the sums of a tile, for row y of the images.
+def add_tile(loops, conv, tile, source, y, lines, sums, table):
+    """Add a convolution of a canvas to the sums of a tile, for row y of the images.
 
     Args:
         conv: tiles, taps and weights.
-        source: a canvas, flat.
-        row, line, margin: how far its rows and lines are apart, and where in a line pixels begin.
-        group: how far pixels are apart.
-        length: of a line of sums, whole vectors.
         sums: flat, (outputs of the tile, length).
         table: to write to.
     """
     tiles, taps, weights = conv
+    length, line = lines.length, source.line
     count = 0
     for tap in range(tiles[tile, 2], tiles[tile, 3]):
         dy, dx, low, high, place = taps[tap]
-        if 0 <= y + dy < height:
-            table[3 * count] = (y + dy) * row + low * line + margin + dx * group
+        if 0 <= y + dy < lines.height:
+            first = ((y + dy) * source.channels + low) * line + source.margin
+            table[3 * count] = first + dx * lines.group
             table[3 * count + 1] = high - low
             table[3 * count + 2] = place
             count += 1
@@ -217,24 +236,12 @@ def add_tile(loops, conv, tile, source, y, row, line, margin, group, height, len
         vectors = 4 if left >= 4 and rows <= loops.few else 2 if left >= 2 else 1
         loops.add(
             rows, vectors, address(sums, start), length, address(weights, 0),
-            address(source, start), line, address(table, 0), count,
+            address(source.values, start), line, address(table, 0), count,
         )  # fmt: skip
         start += vectors * loops.vector
 
 
 # ------------------------------------------------------------------ a layer, for one group
-
-
-class Lines(NamedTuple):
-    """The lines of a canvas."""
-
-    height: int
-    width: int
-    group: int  # samples side by side
-    margin: int  # zeros before the pixels
-    pixels: int  # width * group
-    length: int  # the pixels and zeros up to whole vectors
-    line: int  # all of a line
 
 
 @compiled
@@ -245,8 +252,20 @@ def set_all(values, value):
 
 
 @compiled
+def sheet_of(values, channels, lines):
+    return Sheet(values, channels, lines.line, lines.margin)
+
+
+@compiled
+def new_sheet(channels, lines):
+    """Of zeros."""
+    size = lines.margin + lines.height * channels * lines.line
+    return sheet_of(np.zeros(size, np.float32), channels, lines)
+
+
+@compiled
 def put_images(images, start, canvas, lines):
-    """Write images (B, C, H, W) to a canvas of zeros; a group that is not full has zeros."""
+    """Write images (B, C, H, W) to a flat canvas of zeros; a group that is not full has zeros."""
     for n in range(min(lines.group, len(images) - start)):
         for c in range(images.shape[1]):
             for y in range(lines.height):
@@ -257,11 +276,11 @@ def put_images(images, start, canvas, lines):
 
 @compiled
 def put_line(values, canvas, place, lines):
-    """Write the pixels of a line and the zeros around them."""
-    set_all(canvas[place:][: lines.line], ZERO)
-    to = canvas[place + lines.margin :][: lines.pixels]
-    for i in range(len(to)):
+    """Write the pixels of a line and the zeros after them."""
+    to = canvas[place + lines.margin :][: lines.line]
+    for i in range(lines.pixels):
         to[i] = values[i]
+    set_all(to[lines.pixels :], ZERO)
 
 
 @compiled
@@ -274,14 +293,11 @@ def slopes_of_row(activation, canvas, y, channels, lines, row):
 
 
 @compiled
-def hidden_layer(
-    loops, source, inputs, conv, bias, activation, target, before, centres, diagonal, lines
-):
+def hidden_layer(loops, source, conv, bias, activation, target, before, centres, diagonal, lines):
     """A hidden layer of a group, and, for the second, what the diagonal receives.
 
     Args:
-        source, inputs: a canvas, flat, and its channels.
-        target: the canvas of the hidden layer.
+        target: the values of the hidden layer's canvas, to write to.
         before: the first hidden layer, which gives the second's share of the diagonal; else empty.
         centres: a convolution by the joined centre weights.
         diagonal: (H, C, length) flat, to add to.
@@ -295,26 +311,24 @@ def hidden_layer(
     h, s = np.empty(size, np.float32), np.empty(size, np.float32)
     bits = h.view(np.int32)
     with_diagonal = len(before) > 0
-    row = np.empty(outputs * length if with_diagonal else 0, np.float32)
+    row = Sheet(np.empty(outputs * length if with_diagonal else 0, np.float32), outputs, length, 0)
+    set_all(target[: lines.margin], ZERO)
     units = outputs // (len(diagonal) // (lines.height * length)) if with_diagonal else 1
     for y in range(lines.height):
         if with_diagonal:
-            slopes_of_row(activation, before, y, outputs, lines, row)
+            slopes_of_row(activation, before, y, outputs, lines, row.values)
         for tile in range(len(tiles)):
             first, rows = tiles[tile, 0], tiles[tile, 1]
             for m in range(rows):
                 set_all(sums[m * length :][:length], bias[first + m])
-            add_tile(
-                loops, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
-                lines.height, length, sums, table,
-            )  # fmt: skip
+            add_tile(loops, conv, tile, source, y, lines, sums, table)
             bend(activation, sums[: rows * length], h[: rows * length], bits[: rows * length])
             for m in range(rows):
                 place = (y * outputs + first + m) * line
                 put_line(h[m * length :], target, place, lines)
             if with_diagonal:
                 set_all(through[: rows * length], ZERO)
-                add_tile(loops, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
+                add_tile(loops, centres, tile, row, 0, lines, through, table)
                 slopes(activation, h[: rows * length], s[: rows * length])
                 for m in range(rows):
                     place = (y * (outputs // units) + (first + m) // units) * length
@@ -325,7 +339,7 @@ def hidden_layer(
 
 
 @compiled
-def output_layer(loops, source, inputs, conv, bias, factor, images, start, results, lines):
+def output_layer(loops, source, conv, bias, factor, images, start, results, lines):
     """A convolution of a canvas, plus bias, plus factor times the images, (B, C, H, W)."""
     tiles = conv[0]
     length = lines.length
@@ -337,10 +351,7 @@ def output_layer(loops, source, inputs, conv, bias, factor, images, start, resul
             first, rows = tiles[tile, 0], tiles[tile, 1]
             for m in range(rows):
                 set_all(sums[m * length :][:length], bias[first + m])
-            add_tile(
-                loops, conv, tile, source, y, inputs * lines.line, lines.line, lines.margin,
-                lines.group, lines.height, length, sums, table,
-            )  # fmt: skip
+            add_tile(loops, conv, tile, source, y, lines, sums, table)
             for m in range(rows):
                 c = first + m
                 for n in range(samples):
@@ -367,19 +378,20 @@ def forward_groups(
     nothing = np.empty(0, np.float32)
     for g in groups:
         start = g * lines.group
-        canvas = np.zeros(lines.height * colours * lines.line, np.float32)
-        put_images(x, start, canvas, lines)
+        images = new_sheet(colours, lines)
+        put_images(x, start, images.values, lines)
         h1, h2 = first[g % len(first)], second[g % len(second)]
         hidden_layer(
-            loops, canvas, colours, convs[0], biases[0], activation, h1, nothing, centres, nothing,
-            lines,
-        )  # fmt: skip
+            loops, images, convs[0], biases[0], activation, h1, nothing, centres, nothing, lines
+        )
         sums = np.zeros(lines.height * colours * lines.length if diagonal.size else 0, np.float32)
         before = h1 if diagonal.size else nothing
+        first_hidden = sheet_of(h1, hidden, lines)
         hidden_layer(
-            loops, h1, hidden, convs[1], biases[1], activation, h2, before, centres, sums, lines
+            loops, first_hidden, convs[1], biases[1], activation, h2, before, centres, sums, lines
         )
-        output_layer(loops, h2, hidden, convs[2], biases[2], t, x, start, y, lines)
+        second_hidden = sheet_of(h2, hidden, lines)
+        output_layer(loops, second_hidden, convs[2], biases[2], t, x, start, y, lines)
         if diagonal.size:
             for n in range(min(lines.group, len(x) - start)):
                 for c in range(colours):
@@ -402,17 +414,17 @@ def sum_of(values):
 
 @compiled
 def hidden_gradient(
-    loops, source, inputs, conv, own, other, centres, by_diagonal, activation, target, by_bias,
-    lines,
-):  # fmt: skip
+    loops, source, conv, own, other, centres, by_diagonal, activation, target, by_bias, lines
+):
     """The gradient by a hidden layer's pre-activations: ``s (r + g v s')``.
 
     Args:
-        source, inputs: the canvas that the gradient comes from, and its channels.
+        source: the canvas that the gradient comes from.
         conv: the transposed one, of r.
-        own, other: canvases of this hidden layer, and of the one whose slopes give v.
+        own, other: values of this hidden layer, and of the one whose slopes give v.
         by_diagonal: g, (H, C, length) flat.
-        target, by_bias: to write and to add to.
+        target: the values of a canvas of zeros, to write to.
+        by_bias: to add to.
     """
     tiles = conv[0]
     outputs = len(by_bias)
@@ -421,20 +433,17 @@ def hidden_gradient(
     size = loops.most * length
     sums, through = np.empty(size, np.float32), np.empty(size, np.float32)
     s, d = np.empty(length, np.float32), np.empty(length, np.float32)
-    row = np.empty(outputs * length, np.float32)
+    row = Sheet(np.empty(outputs * length, np.float32), outputs, length, 0)
     colours = len(by_diagonal) // (lines.height * length)
     units = outputs // colours
     for y in range(lines.height):
-        slopes_of_row(activation, other, y, outputs, lines, row)
+        slopes_of_row(activation, other, y, outputs, lines, row.values)
         for tile in range(len(tiles)):
             first, rows = tiles[tile, 0], tiles[tile, 1]
             set_all(sums[: rows * length], ZERO)
-            add_tile(
-                loops, conv, tile, source, y, inputs * line, line, lines.margin, lines.group,
-                lines.height, length, sums, table,
-            )  # fmt: skip
+            add_tile(loops, conv, tile, source, y, lines, sums, table)
             set_all(through[: rows * length], ZERO)
-            add_tile(loops, centres, tile, row, 0, 0, length, 0, 0, 1, length, through, table)
+            add_tile(loops, centres, tile, row, 0, lines, through, table)
             for m in range(rows):
                 place = (y * outputs + first + m) * line
                 h = own[place + lines.margin :][:length]
@@ -450,16 +459,14 @@ def hidden_gradient(
 
 
 @compiled
-def add_weight_gradient(
-    loops, tiles, taps, left, outputs, line_left, margin_left, right, inputs, line_right,
-    margin_right, top, bottom, lines, by_weight,
-):  # fmt: skip
-    """Add the products of gradients by outputs with inputs, for some rows of both canvases.
+def add_weight_gradient(loops, plan, left, right, top, bottom, lines, by_weight):
+    """Add the products of gradients by outputs with inputs, for some rows of both sheets.
 
     Args:
-        tiles, taps: a plan with tiles of at most ``loops.outputs``.
+        plan: its tiles, of at most ``loops.outputs``, and taps.
         by_weight: (outputs, inputs, k, k).
     """
+    tiles, taps = plan
     radius = by_weight.shape[2] // 2
     sums = np.empty(loops.outputs * loops.inputs + loops.vector, np.float32)
     vectors = lines.length // loops.vector
@@ -471,52 +478,48 @@ def add_weight_gradient(
             count = min(bottom, lines.height - dy) - y
             if count <= 0:
                 continue
-            first_left = (y * outputs + first) * line_left + margin_left
+            first_left = (y * left.channels + first) * left.line + left.margin
             parts = -(-(high - low) // loops.inputs)
             for part in range(parts):
-                k, stop = (
-                    low + (high - low) * part // parts,
-                    low + (high - low) * (part + 1) // parts,
-                )
-                first_right = ((y + dy) * inputs + k) * line_right + margin_right + dx * lines.group
+                k = low + (high - low) * part // parts
+                inputs = low + (high - low) * (part + 1) // parts - k
+                first_right = ((y + dy) * right.channels + k) * right.line + right.margin
                 loops.dot(
-                    rows, stop - k, address(sums, 0), address(left, first_left), line_left,
-                    outputs * line_left, address(right, first_right), line_right,
-                    inputs * line_right, count, vectors,
+                    rows, inputs, address(sums, 0),
+                    address(left.values, first_left), left.line, left.channels * left.line,
+                    address(right.values, first_right + dx * lines.group), right.line,
+                    right.channels * right.line, count, vectors,
                 )  # fmt: skip
                 for m in range(rows):
-                    for n in range(stop - k):
+                    for n in range(inputs):
                         by_weight[first + m, k + n, dy + radius, dx + radius] += sums[
-                            m * (stop - k) + n
+                            m * inputs + n
                         ]
 
 
 @compiled
 def add_centre_gradient(
-    loops, tiles, taps, h1, h2, by_diagonal, activation, hidden, by_centres, left, right,
-    top, bottom, lines,
-):  # fmt: skip
+    loops, plan, h1, h2, by_diagonal, activation, left, right, top, bottom, lines, by_centres
+):
     """Add the gradient by the joined centres: products of both hidden layers' slopes.
 
     Args:
-        left, right: (rows, hidden, length) or more, flat, to write to.
+        left, right: sheets of slopes, as long as lines and for as many rows or more, to write to.
     """
-    length = lines.length
+    length, hidden = lines.length, left.channels
     rows = bottom - top
     units = hidden // (len(by_diagonal) // (lines.height * length))
     for y in range(rows):
         these = slice(y * hidden * length, (y + 1) * hidden * length)
-        slopes_of_row(activation, h1, top + y, hidden, lines, right[these])
-        slopes_of_row(activation, h2, top + y, hidden, lines, left[these])
+        slopes_of_row(activation, h1, top + y, hidden, lines, right.values[these])
+        slopes_of_row(activation, h2, top + y, hidden, lines, left.values[these])
         for k in range(hidden):
-            line = left[(y * hidden + k) * length :][:length]
+            line = left.values[(y * hidden + k) * length :][:length]
             g = by_diagonal[((top + y) * (hidden // units) + k // units) * length :][:length]
             for i in range(length):
                 line[i] *= g[i]
-    add_weight_gradient(
-        loops, tiles, taps, left, hidden, length, 0, right, hidden, length, 0, 0, rows,
-        Lines(rows, lines.width, 0, 0, lines.pixels, length, length), by_centres,
-    )  # fmt: skip
+    these_rows = Lines(rows, lines.width, lines.group, 0, lines.pixels, length, length)
+    add_weight_gradient(loops, plan, left, right, 0, rows, these_rows, by_centres)
 
 
 @compiled
@@ -536,46 +539,42 @@ def backward_groups(
         by_weights: four, (outputs, inputs, k, k), to add to; empty if they are not wanted.
     """
     colours, hidden = x.shape[1], len(by_biases[0])
-    height, length, line = lines.height, lines.length, lines.line
-    by_a2 = np.empty(height * hidden * line, np.float32)
-    by_a1 = np.empty(height * hidden * line, np.float32)
+    height, length = lines.height, lines.length
     bias = np.zeros(colours, np.float32)
+    by_a1, by_a2 = new_sheet(hidden, lines), new_sheet(hidden, lines)
     span = min(height, max(1, SPAN // length))
-    left_slopes = np.empty(span * hidden * length, np.float32)
-    right_slopes = np.empty(span * hidden * length, np.float32)
+    left_slopes = Sheet(np.empty(span * hidden * length, np.float32), hidden, length, 0)
+    right_slopes = Sheet(np.empty(span * hidden * length, np.float32), hidden, length, 0)
     for g in groups:
         start = g * lines.group
         h1, h2 = kept[0][g], kept[1][g]
-        upstream = np.zeros(height * colours * line, np.float32)
-        put_images(by_y, start, upstream, lines)
+        upstream = new_sheet(colours, lines)
+        put_images(by_y, start, upstream.values, lines)
         to_diagonal = np.zeros(height * colours * length, np.float32)
         bare = Lines(height, lines.width, lines.group, 0, lines.pixels, length, length)
         put_images(by_diagonal, start, to_diagonal, bare)
         hidden_gradient(
-            loops, upstream, colours, convs[0], h2, h1, centres[0], to_diagonal, activation,
-            by_a2, by_biases[1], lines,
+            loops, upstream, convs[0], h2, h1, centres[0], to_diagonal, activation, by_a2.values,
+            by_biases[1], lines,
         )  # fmt: skip
         hidden_gradient(
-            loops, by_a2, hidden, convs[1], h1, h2, centres[1], to_diagonal, activation, by_a1,
+            loops, by_a2, convs[1], h1, h2, centres[1], to_diagonal, activation, by_a1.values,
             by_biases[0], lines,
         )  # fmt: skip
-        output_layer(loops, by_a1, hidden, convs[2], bias, t, by_y, start, by_x, lines)
+        output_layer(loops, by_a1, convs[2], bias, t, by_y, start, by_x, lines)
         if not by_weights[0].size:
             continue
-        canvas = np.zeros(height * colours * line, np.float32)
-        put_images(x, start, canvas, lines)
+        images = new_sheet(colours, lines)
+        put_images(x, start, images.values, lines)
         for top in range(0, height, span):
             bottom = min(height, top + span)
-            for plan, left, outputs, right, inputs, by_weight in (
-                (plans[0], by_a1, hidden, canvas, colours, by_weights[0]),
-                (plans[1], by_a2, hidden, h1, hidden, by_weights[1]),
-                (plans[2], upstream, colours, h2, hidden, by_weights[2]),
+            for plan, left, right, by_weight in (
+                (plans[0], by_a1, images, by_weights[0]),
+                (plans[1], by_a2, sheet_of(h1, hidden, lines), by_weights[1]),
+                (plans[2], upstream, sheet_of(h2, hidden, lines), by_weights[2]),
             ):
-                add_weight_gradient(
-                    loops, plan[0], plan[1], left, outputs, line, lines.margin, right, inputs, line,
-                    lines.margin, top, bottom, lines, by_weight,
-                )  # fmt: skip
+                add_weight_gradient(loops, plan, left, right, top, bottom, lines, by_weight)
             add_centre_gradient(
-                loops, plans[3][0], plans[3][1], h1, h2, to_diagonal, activation, hidden,
-                by_weights[3], left_slopes, right_slopes, top, bottom, lines,
+                loops, plans[3], h1, h2, to_diagonal, activation, left_slopes, right_slopes, top,
+                bottom, lines, by_weights[3],
             )  # fmt: skip

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mintnet_triton.kernels import reference
 from mintnet_triton.kernels._library import opposite, register
 from mintnet_triton.kernels.activation import NAMES, find_activation
+from mintnet_triton.kernels.canvas import Canvas, padded
 from mintnet_triton.kernels.cpu.canvas import (
     Lines,
     Plan,
@@ -57,9 +58,14 @@ def _threads() -> int:
 
 def lines_of(height: int, width: int, group: int, radius: int) -> Lines:
     """The lines of canvases of that many samples, for kernels of that radius at most."""
-    pixels, margin = width * group, radius * group
-    length = ceil_divide(pixels, VECTOR) * VECTOR
-    return Lines(height, width, group, margin, pixels, length, length + 2 * margin)
+    pixels = width * group
+    floats = Canvas(height, padded(pixels, VECTOR), radius * group)
+    return Lines(height, width, group, floats.radius, pixels, floats.width, floats.pitch)
+
+
+def size_of(channels: int, lines: Lines) -> int:
+    """Of a canvas, in floats."""
+    return lines.margin + lines.height * channels * lines.line
 
 
 def _shares(groups: int) -> list[Array]:
@@ -165,11 +171,11 @@ def run_forward(
     groups = ceil_divide(len(x), lines.group)
 
     def work(some: Array) -> None:
-        canvas = (lines.height, len(packed.biases[0]), lines.line)
-        kept = (h1, h2) if keep else (x.new_empty(1, *canvas), x.new_empty(1, *canvas))
+        size = size_of(len(packed.biases[0]), lines)
+        kept = (h1, h2) if keep else (x.new_empty(1, size), x.new_empty(1, size))
         forward_groups(
             LOOPS, some, x.numpy(), packed.t, packed.convs, packed.biases, packed.centres,
-            NAMES.index(activation), tuple(one.flatten(1).numpy() for one in kept), y.numpy(),
+            NAMES.index(activation), tuple(one.numpy() for one in kept), y.numpy(),
             to_diagonal.numpy(), lines,
         )  # fmt: skip
 
@@ -181,7 +187,7 @@ def _results(
     x: Tensor, hidden: int, lines: Lines, diagonal: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups = ceil_divide(x.shape[0], lines.group) if keep else 0  # len() would fix the batch
-    canvases = (groups, lines.height, hidden, lines.line)
+    canvases = (groups, size_of(hidden, lines))
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(x, memory_format=contiguous),
@@ -255,7 +261,7 @@ def _backward(
         [np.zeros(shape, np.float32) for shape in ((hidden,), (hidden,), *summed)] for _ in shares
     ]
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kept = h1.flatten(1).numpy(), h2.flatten(1).numpy()
+    kept = h1.numpy(), h2.numpy()
 
     def work(part: tuple[Array, list[Array]]) -> None:
         some, own = part
@@ -362,13 +368,13 @@ class _MintLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-        weight3: Tensor, bias3: Tensor, t: Tensor, order: str, triangle: str,
-        activation: str, diagonal: bool, recompute: bool, group: int,
+        weight3: Tensor, bias3: Tensor, t: Tensor, structure: Structure, diagonal: bool,
+        recompute: bool, group: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
-        ctx.structure = Structure(order, triangle, activation)
-        ctx.diagonal, ctx.recompute, ctx.group = diagonal, recompute, group
-        y, to_diagonal, h1, h2 = layer_op(x, *parts, *ctx.structure, diagonal, not recompute, group)
+        ctx.structure, ctx.group = structure, group
+        ctx.diagonal, ctx.recompute = diagonal, recompute
+        y, to_diagonal, h1, h2 = layer_op(x, *parts, *structure, diagonal, not recompute, group)
         ctx.save_for_backward(x, *parts, *(() if recompute else (h1, h2)))
         return y, to_diagonal
 
@@ -377,7 +383,7 @@ class _MintLayer(torch.autograd.Function):
         x, *saved = ctx.saved_tensors  # once: what unpacks them may do so once only
         parts, hidden = saved[:7], saved[7:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_plain_gradients(ctx, x, parts, by_y, by_diagonal), *[None] * 6)
+            return (*_plain_gradients(ctx, x, parts, by_y, by_diagonal), *[None] * 4)
         weight1, _, weight2, _, weight3, _, t = parts
         if ctx.recompute:
             _, _, h1, h2 = layer_op(x, *parts, *ctx.structure, False, True, ctx.group)
@@ -390,7 +396,7 @@ class _MintLayer(torch.autograd.Function):
             x, h1, h2, by_y, by_diagonal, weight1, weight2, weight3, t, *ctx.structure,
             by_weights, ctx.group,
         )  # fmt: skip
-        gradients: list[Tensor | None] = [by_x] + [None] * 13
+        gradients: list[Tensor | None] = [by_x] + [None] * 11
         if by_weights:
             by_bias3 = by_y.sum((0, 2, 3))
             gradients[1:7] = [
@@ -448,7 +454,7 @@ def mint_forward(
     group = group_of(x.shape[0], x.shape[3])
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *parts)):
         results = _MintLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-            x, *parts, *structure, diagonal, recompute, group
+            x, *parts, structure, diagonal, recompute, group
         )
         return cast(tuple[Tensor, Tensor], results)
     y, to_diagonal, _, _ = layer_op(x, *parts, *structure, diagonal, False, group)

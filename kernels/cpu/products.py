@@ -6,43 +6,46 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.kernels.activation import Activation
+from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.reference import MintWeights
 
 
 class PaddedImages:
-    """Images with a border of zeros, in one line: a shifted image is a shifted line.
+    """Canvases of images, one for each channel: a shifted image is a shifted line.
 
     Args:
         channels: of an image.
     """
 
     def __init__(self, batch: int, channels: int, height: int, width: int, radius: int) -> None:
-        self.stride, self.radius = width + 2 * radius, radius
-        self.images = torch.zeros(
-            channels, batch, height + 2 * radius, self.stride, dtype=torch.float64
-        )
+        self.batch, self.canvas = batch, Canvas(height, width, radius)
+        size = (channels, self.canvas.positions(batch))
+        self.lines = torch.zeros(size, dtype=torch.float64)
+
+    def _images(self, lines: Tensor, first: int) -> Tensor:
+        """The pixels (batch, channels, height, width) of lines, in which that is the first one's
+        place."""
+        canvas = self.canvas
+        size = (self.batch, len(lines), canvas.height, canvas.width)
+        strides = (canvas.distance(canvas.rows, 0), lines.stride(0), canvas.pitch, 1)
+        return lines.as_strided(size, strides, lines.storage_offset() + first)
 
     def put(self, values: Tensor, block: int) -> None:
         """Write a block (batch, channels, height, width), of which there are some before."""
-        inside = slice(self.radius, -self.radius or None)
         channels = slice(block * values.shape[1], (block + 1) * values.shape[1])
-        self.images[channels, :, inside, inside] = values.transpose(0, 1)
+        self._images(self.lines[channels], self.canvas.place(0, 0, 0)).copy_(values)
 
     def convolve(self, weight: Tensor, bias: Tensor) -> Tensor:
         """The convolution of the first channels by weights (k * k, outputs, inputs)."""
-        taps, outputs, inputs = weight.shape
+        taps, _, inputs = weight.shape
         kernel = math.isqrt(taps)
-        lines = self.images[:inputs].flatten(1)
-        margin = self.radius * (self.stride + 1)
-        sums = bias.unsqueeze(1).expand(-1, lines.shape[1]).contiguous()
-        inside = slice(margin, lines.shape[1] - margin)
+        first, end = self.canvas.place(0, 0, 0), self.canvas.place(self.batch, 0, 0)
+        sums = bias.unsqueeze(1).expand(-1, end - first).contiguous()
         for tap in range(taps if inputs else 0):
-            shift = (tap // kernel - kernel // 2) * self.stride + tap % kernel - kernel // 2
-            seen = lines[:, margin + shift : lines.shape[1] - margin + shift]
-            sums[:, inside].addmm_(weight[tap], seen)
-        border = slice(self.radius, -self.radius or None)
-        images = sums.view(outputs, *self.images.shape[1:])[:, :, border, border]
-        return images.transpose(0, 1)
+            dy, dx = tap // kernel - kernel // 2, tap % kernel - kernel // 2
+            away = self.canvas.distance(dy, dx)
+            sums.addmm_(weight[tap], self.lines[:inputs, first + away : end + away])
+        return self._images(sums, 0)
 
 
 @torch.no_grad()

@@ -153,21 +153,33 @@ def bend(activation, a, h, s, scratch, bits):
             h[m] = a[m]
 
 
+class Unknowns(NamedTuple):
+    """What is solved, and what is given for it: along lanes, or of whole colours, flat."""
+
+    x: np.ndarray[Any, Any]
+    z: np.ndarray[Any, Any]
+    t: np.ndarray[Any, Any]
+    diagonal: np.ndarray[Any, Any]
+    error: np.ndarray[Any, Any]
+    steps: np.ndarray[Any, Any]
+
+
 @compiled
-def solve_lanes(
-    x, z, t, h1, h2, known1, known2, diagonal, error, steps,
-    centre1, centre2, centre3, share, activation, line, work, flat,
-):  # fmt: skip
+def solve_lanes(unknowns, hidden, line, known, centres, share, activation, work, flat):
     """Newton's method for some lanes of one colour in one plane, as :func:`.fronts._newton` has it.
 
     Args:
-        x, z, t, diagonal, error, steps: (lanes,); what the known variables contribute to the last
-            convolution has been taken from z.
-        h1, h2: a line for each unit, ``line`` apart, flat.
-        known1, known2: (units, lanes or more), what the known variables contribute.
-        centre2: (units / 8 rounded up, units, 8).
+        unknowns: (lanes,) each; what the known variables contribute to the last convolution has
+            been taken from z.
+        hidden: both layers, a line for each unit, ``line`` apart, flat.
+        known: (units, lanes or more), what the known variables contribute to each of them.
+        centres: three, the second (units / 8 rounded up, units, 8).
         work: (2 * units + 8, 2 * LANES), and flat: (4, units * LANES), to write to.
     """
+    x, z, t, diagonal, error, steps = unknowns
+    h1, h2 = hidden
+    known1, known2 = known
+    centre1, centre2, centre3 = centres
     units, lanes = len(centre1), len(x)
     padded = 8 * len(centre2)
     # The lanes of h1 and, beside them, those of its derivative by x: one product for both.
@@ -244,11 +256,13 @@ def solve_lanes(
 
 
 @compiled
-def solve_linear(
-    x, z, t, h1, h2, slopes1, slopes2, known1, known2, diagonal, centre1, centre2, centre3,
-    line, work,
-):  # fmt: skip
+def solve_linear(unknowns, hidden, slopes, line, known, centres, work):
     """As :func:`solve_lanes`, of a linear layer: x is z less the value at 0, over the diagonal."""
+    x, z, t, diagonal, _, _ = unknowns
+    h1, h2 = hidden
+    slopes1, slopes2 = slopes
+    known1, known2 = known
+    centre1, centre2, centre3 = centres
     units, lanes = len(centre1), len(x)
     padded = 8 * len(centre2)
     pair, product = work[:padded], work[padded : padded + units]
@@ -282,29 +296,30 @@ def solve_linear(
 
 
 @compiled
-def solve_block(
-    x, z, t, h1, h2, slopes1, slopes2, diagonal, error, steps, weights, centres, share, activation,
-    by_channel, radius, height, width, group,
-):  # fmt: skip
+def solve_block(unknowns, hidden, slopes, weights, centres, share, activation, by_channel, storage):
     """Solve a block of colours for one group of samples.
 
     Args:
-        x, z, t, diagonal, error, steps: skewed, (colours, planes, 1, lanes of a plane), flat.
-        h1, h2: the same with units; where a front is not solved yet, they hold what lower blocks
-            and the bias contribute to them.
-        slopes1, slopes2: as h1 and h2; empty unless the layer is linear.
+        unknowns: skewed, (colours, planes, 1, lanes of a plane), flat.
+        hidden: two, the same with units; where a front is not solved yet, they hold what lower
+            blocks and the bias contribute to them.
+        slopes: as both hidden layers; empty unless the layer is linear.
         weights: of each convolution, as :func:`pack` has them.
+        storage: the :class:`Skew`.
     """
+    x, z, t, diagonal, error, steps = unknowns
+    h1, h2 = hidden
     (weights1, distances1, ends1), (weights2, distances2, ends2), (weights3, distances3, ends3) = (
         weights
     )
     centre1, centre2, centre3 = centres
-    colours, units = centre1.shape
+    units = centre1.shape[1]
+    colours, height, width, radius, group = storage
     skew = radius + 1
     planes = skew * (height - 1) + width
     margin = skew * radius + radius
     line = (height + 2 * radius) * group
-    known1, known2 = np.zeros((units, LANES)), np.zeros((units, LANES))
+    known = known1, known2 = np.zeros((units, LANES)), np.zeros((units, LANES))
     known3 = np.zeros((1, LANES))
     work, flat = np.zeros((2 * units + 8, 2 * LANES)), np.zeros((4, units * LANES))
     fronts = planes + skew**2 * (colours - 1) if by_channel else planes * colours
@@ -320,30 +335,33 @@ def solve_block(
             for start in range((top + radius) * group, stop, LANES):
                 lanes = min(LANES, stop - start)
                 own = slice(place + start, place + start + lanes)
-                hidden = place * units + start
+                first = place * units + start
                 for k in range(units):
-                    known1[k, :lanes] = h1[hidden + k * line :][:lanes]
-                    known2[k, :lanes] = h2[hidden + k * line :][:lanes]
+                    known1[k, :lanes] = h1[first + k * line :][:lanes]
+                    known2[k, :lanes] = h2[first + k * line :][:lanes]
                 known3[0, :lanes] = 0
                 these = slice(ends1[c], ends1[c + 1])
                 add_lines(known1, weights1[these], distances1[these], x, place + start, lanes)
                 these = slice(ends2[c], ends2[c + 1])
-                add_lines(known2, weights2[these], distances2[these], h1, hidden, lanes)
+                add_lines(known2, weights2[these], distances2[these], h1, first, lanes)
                 these = slice(ends3[c], ends3[c + 1])
-                add_lines(known3, weights3[these], distances3[these], h2, hidden, lanes)
+                add_lines(known3, weights3[these], distances3[these], h2, first, lanes)
                 for m in range(lanes):
                     z[place + start + m] -= known3[0, m]
+                these_unknowns = Unknowns(
+                    x[own], z[own], t[own], diagonal[own], error[own], steps[own]
+                )
+                these_hidden = h1[first:], h2[first:]
+                these_centres = centre1[c], centre2[c], centre3[c]
                 if activation == LINEAR:
                     solve_linear(
-                        x[own], z[own], t[own], h1[hidden:], h2[hidden:], slopes1[hidden:],
-                        slopes2[hidden:], known1, known2, diagonal[own],
-                        centre1[c], centre2[c], centre3[c], line, work,
+                        these_unknowns, these_hidden, (slopes[0][first:], slopes[1][first:]), line,
+                        known, these_centres, work,
                     )  # fmt: skip
                 else:
                     solve_lanes(
-                        x[own], z[own], t[own], h1[hidden:], h2[hidden:], known1, known2,
-                        diagonal[own], error[own], steps[own],
-                        centre1[c], centre2[c], centre3[c], share[c], activation, line, work, flat,
+                        these_unknowns, these_hidden, line, known, these_centres, share[c],
+                        activation, work, flat,
                     )  # fmt: skip
 
 
@@ -537,7 +555,8 @@ def _solve_groups(
     steps = skew.new(dtype=torch.int64)
     layers = (x, skew.new(units), skew.new(units))
     given = [skew.new(units if slopes else 0) for _ in range(2)]
-    arrays = [one.numpy() for one in (x, target, t, *layers[1:], *given, diagonal, error, steps)]
+    unknowns = Unknowns(*(one.numpy() for one in (x, target, t, diagonal, error, steps)))
+    both = layers[1].numpy(), layers[2].numpy()
     before = colours - skew.colours  # colours that some block looks back on
     padded = [PaddedImages(group, before * size, height, width, skew.radius) for size in sizes]
     for start in starts:
@@ -556,8 +575,8 @@ def _solve_groups(
             for storage, values in zip(given, slopes, strict=False):
                 skew.put(storage, values[index, block.wide])
             solve_block(
-                *arrays, block.weights, block.centres, block.share, number, order == "channel",
-                skew.radius, height, width, group,
+                unknowns, both, (given[0].numpy(), given[1].numpy()), block.weights, block.centres,
+                block.share, number, order == "channel", skew,
             )  # fmt: skip
             for storage, field in zip((x, diagonal, error, steps), wave, strict=True):
                 field[start:stop, block.own] = skew.get(storage)[: stop - start]

@@ -523,7 +523,7 @@ def add_centre_gradient(
 
 
 @compiled
-def backward_groups(
+def backward_groups(  # noqa: PLR0913  # bench/counting.py takes its arguments by their places
     loops, groups, x, t, kept, by_y, by_diagonal, convs, centres, plans, activation, by_x,
     by_biases, by_weights, lines,
 ):  # fmt: skip

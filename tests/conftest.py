@@ -38,6 +38,13 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_tensorfloat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch is what kernels are compared with; on a GPU its convolutions round float32 to
+    TensorFloat-32, unless they are told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_compiled() -> None:
     """torch compiles a function for so many cases only, of all the tests of a process."""
     if "torch._dynamo" in sys.modules:

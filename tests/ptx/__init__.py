@@ -19,10 +19,12 @@ known here, TMA and what belongs to it (mbarrier, bulk copies) and sm_100's tcge
 names the instruction. The approximate functions (``ex2`` and the like) are exact here.
 
 To read: :mod:`.program` (PTX), :mod:`.arithmetic`, :mod:`.shared` and :mod:`.memory` (who has
-touched what), :mod:`.threads` (control, and all but products), :mod:`.matrix`, :mod:`.launches`.
+touched what), :mod:`.threads` (which threads run where), :mod:`.instructions`, :mod:`.transfers`
+and :mod:`.matrix` (what each does), :mod:`.measure` (counts), :mod:`.launches`.
 """
 
 from tests.ptx.launches import executed
-from tests.ptx.threads import KernelError
+from tests.ptx.measure import Report
+from tests.ptx.threads import KernelError, Manner
 
-__all__ = ["KernelError", "executed"]
+__all__ = ["KernelError", "Manner", "Report", "executed"]

@@ -26,6 +26,11 @@ def size_of(type_: str) -> int:
     return SIZES.get(type_) or int(type_[1:]) // 8
 
 
+def plain(type_: str) -> str:
+    """Bits of a type's size, to be moved as they are."""
+    return type_ if type_ == "pred" else f"b{8 * size_of(type_)}"
+
+
 def decode(bits: Array, type_: str) -> Array:
     """Numbers from the bits of registers, which may have more."""
     if type_ == "pred":

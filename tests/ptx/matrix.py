@@ -116,22 +116,20 @@ def multiply(threads: Threads, instruction: Instruction) -> None:
     before = to_numbers(of_warps(threads, c, warps, bits), sum_type)
     total = spread(before, sum_places(count[2]), m, n)
     put_sums(threads, d, warps, total + left @ right)
-    threads.counts.multiplied(m * n * k * len(warps))
+    threads.report.multiplied(m * n * k * len(warps))
 
 
 def _matrix_places(
     threads: Threads, instruction: Instruction, where: Operand
 ) -> tuple[int, Array, Array]:
     """How many 8 x 8 matrices, where their rows are, (warps, matrices, 8), and the stamps."""
-    from tests.ptx.threads import shared_places  # which imports this room
-
     if "m8n8" not in instruction.kinds or instruction.type != "b16":
         raise UnsupportedError("not known here")
     count = next(int(kind[1]) for kind in instruction.kinds if kind in ("x1", "x2", "x4"))
     warps = threads.chosen_groups(WARP)
     mask = threads.mask
     threads.choose(mask & (threads.thread % WARP < 8 * count))
-    places, stamp = shared_places(threads, where, 16)
+    places, stamp = threads.shared_places(instruction, where, 16)
     threads.choose(mask)
     shape = len(warps), count, 8
     return count, places.reshape(shape), stamp.reshape(shape)
@@ -351,8 +349,7 @@ class Flight:
         )  # fmt: skip
         for one in product.tiles():
             cells = one.cells(threads)
-            stamp = stamps(threads.interval[threads.block[first]], SEVERAL)[:, None, None, None]
-            threads.shared.check_read(cells, stamp)
+            threads.shared.check_read(cells, self._stamp(groups))
             if threads.shared.unfenced[cells].any():
                 raise MisuseError("reads what threads have written, without fence.proxy.async")
             np.add.at(threads.shared.wanted, cells, 1)
@@ -360,7 +357,12 @@ class Flight:
             self._compute(product)
         self.products.append(product)
         self._note_registers()
-        threads.counts.multiplied(m * n * k * len(groups))
+        threads.report.multiplied(m * n * k * len(groups))
+
+    def _stamp(self, groups: Array) -> Array:
+        """Of whole warpgroups, to go with cells."""
+        interval = self.threads.interval[self.threads.block[groups * WARPGROUP]]
+        return stamps(interval, SEVERAL)[:, None, None, None]
 
     def _check_registers(self, sums: Vector, left: Operand, groups: Array) -> None:
         here = np.zeros(len(self.committed), bool)
@@ -409,8 +411,12 @@ class Flight:
                 finished = product.part(which)
                 if not product.done:
                     self._compute(finished)
+                now = self._stamp(finished.groups)
                 for tile in finished.tiles():
-                    np.subtract.at(self.threads.shared.wanted, tile.cells(self.threads), 1)
+                    cells = tile.cells(self.threads)
+                    np.subtract.at(self.threads.shared.wanted, cells, 1)
+                    # A warp that has waited does not know whether the others have.
+                    self.threads.shared.read[cells] = now
             if not which.all():
                 remaining.append(product.part(~which))
         self.products = remaining

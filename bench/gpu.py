@@ -1,38 +1,54 @@
-"""``python -m bench.gpu``: the tests that need a GPU, and the times of every case on one.
+"""``python -m bench.gpu [tests|times]``: the tests that need a GPU, and the times of every case.
 
-First the tests run and, beside them, everything is compiled; then the tasks of :mod:`bench.run` and
-of :mod:`bench.kernels` are measured one by one, the most important first, until the time is
-up. run.json and run.md hold what is known after every case, so that nothing is lost when the run is
-stopped; tests.txt and compile.txt hold what the first part printed. ``python -m bench`` compares
-and draws the result as any other.
+Made for a GPU that is lent for ten minutes: each of the two parts ends within eight, compilation
+included, the most telling comes first, and nothing that is known is lost when it is stopped.
+
+- tests: the steps of :data:`STEPS`, by :mod:`bench.suite`: for each of them a file of results and
+  one of what was printed, in ``tests/``.
+- times: everything is compiled by many processes (``compile/``), then the tasks of
+  :mod:`bench.run` and of :mod:`bench.kernels` are measured one by one, by priority.
+
+``run.json`` and ``run.md`` hold what is known after every case; ``python -m bench`` compares and
+draws them as any other result. What was compiled is packed in ``compiled.tar.gz``: a later run that
+is given it by ``--compiled`` need not compile it again.
 """
 
 import argparse
-import contextlib
 import gc
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
+import tarfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
+
+from bench import suite
+from bench.suite import ROOT, Step
 
 if TYPE_CHECKING:
     from bench.cases import Extent
     from bench.run import Task
 
-ROOT = Path(__file__).resolve().parents[1]
 REPORT = "run.json"
+COMPILED = "compiled.tar.gz"
 
-#: of the time, for tests and compilation
-FIRST_PART = 0.5
-#: seconds beyond the time, for the case under way
+#: the tests, the most telling first: layers of the paper's sizes against float64; all else that
+#: only a GPU shows; the kernels on small shapes
+OF_A_GPU = "tests/test_gpu.py"
+STEPS = [
+    Step("layers", [OF_A_GPU, "-k", "against_float64 or test_inversion"]),
+    Step("gpu", [OF_A_GPU]),
+    Step("kernels", [str(path) for path in sorted(ROOT.glob("tests/test_*_kernels.py"))]),
+]
+
+#: of the time for times, what compilation may take
+TO_COMPILE = 0.45
+#: seconds beyond the time, for the case under way; packing takes some more
 GRACE = 30
 #: seconds without a finished case after which the process is taken to hang
 STALLED = 120
@@ -44,13 +60,14 @@ Report = dict[str, Any]
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=["tests", "times", "all"], default="all")
     parser.add_argument("--out", type=Path, help="folder of the results: $OUT, or out/gpu")
     parser.add_argument(
-        "--minutes", type=float, default=7.4, help="for everything, which ends within 8 by default"
+        "--minutes", type=float, default=7, help="for each part, which ends within 8 by default"
     )
-    parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--tests", default="-m gpu", help="arguments of pytest: which tests to run")
-    parser.add_argument("--jobs", type=int, help="processes for tests, and as many to compile")
+    parser.add_argument("--tests", help="arguments of pytest: these tests instead of all")
+    parser.add_argument("--jobs", type=int, help="processes that test or compile")
+    parser.add_argument("--compiled", type=Path, help=f"of an earlier run: {COMPILED} in --out")
     parser.add_argument("--commit", help="what is measured; by default, git is asked")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, to try this script")
     # The processes that this one starts:
@@ -59,8 +76,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", metavar="SHARE/SHARES", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.out = (options.out or Path(os.environ.get("OUT") or ROOT / "out" / "gpu")).resolve()
+    options.compiled = options.compiled or options.out / COMPILED
     if options.jobs is None:
-        options.jobs = 1 if options.dry_run else max(1, (os.cpu_count() or 2) // 2)
+        options.jobs = 1 if options.dry_run else os.cpu_count() or 2
     return options
 
 
@@ -76,117 +94,107 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from bench import machine
-    from bench.run import errors
-
     if not (options.dry_run or torch.cuda.is_available()):
         print("bench.gpu needs a CUDA device; --dry-run tries it on a CPU", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    options.until = start + 60 * options.minutes
+    failed = False
+    with compilers_caches(options.out / "compiled", options.compiled) as folder:
+        for part in ("tests", "times") if options.part == "all" else (options.part,):
+            start = time.time()
+            options.until = start + 60 * options.minutes
+            try:
+                (run_tests if part == "tests" else run_times)(options)
+            except Exception:  # whatever it is, the other part is wanted
+                traceback.print_exc()
+                failed = True
+            pack(folder, options.out / COMPILED)
+            report = begin(options)
+            report["seconds"] = report.get("seconds", {}) | {part: round(time.time() - start, 1)}
+            write(options.out, report)
+    print((options.out / "run.md").read_text(encoding="utf-8"))
+    return 1 if failed or went_wrong(options) else 0
+
+
+def run_tests(options: argparse.Namespace) -> None:
+    report = begin(options) | {"tests": {}}
+    write(options.out, report)
+    steps = STEPS if options.tests is None else [Step("chosen", shlex.split(options.tests))]
+    report["tests"] = suite.run(steps, options.jobs, options.out / "tests", options.until)
+    write(options.out, report)
+
+
+def run_times(options: argparse.Namespace) -> None:
+    write(options.out, begin(options) | {"results": {}})
+    compile_all(options, time.time() + TO_COMPILE * 60 * options.minutes)
+    supervise(options)
+
+
+def begin(options: argparse.Namespace) -> Report:
+    """A report of this machine, with what another part has found here."""
+    from bench import machine
+
+    before = read(options.out) if (options.out / REPORT).exists() else {}
     about = {"extent": extent(options), "dry run": options.dry_run}
     about = machine.describe(the_device(options), options.commit) | about
-    report: Report = {"machine": about, "tests": {}, "results": {}}
-    write(options.out, report)
-    report["tests"] = test_and_compile(options, start + FIRST_PART * 60 * options.minutes)
-    report["tests"]["seconds"] = time.time() - start
-    write(options.out, report)
-    supervise(options)
+    return {"tests": {}, "results": {}} | before | {"machine": about}
+
+
+def went_wrong(options: argparse.Namespace) -> bool:
+    from bench.run import errors
+
     report = read(options.out)
-    report["seconds"] = time.time() - start
-    write(options.out, report)
-    print((options.out / "run.md").read_text(encoding="utf-8"))
-    bad = [name for name in ("failed", "error", "unfinished") if report["tests"].get(name)]
-    return 1 if bad or errors(report["results"]) else 0
+    steps = report["tests"].values()
+    tests = any(step["wrong"] or "unfinished" in step or not step["collected"] for step in steps)
+    return tests or bool(errors(report["results"]))
 
 
-def spawn(command: Sequence[str], output: Path | None, **environment: str) -> Any:
-    """Start Python in a process group of its own."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(output.open("w", encoding="utf-8")) if output else None
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-            stdout=file,
-            stderr=subprocess.STDOUT if file else None,
-            start_new_session=True,
-        )
+@contextmanager
+def compilers_caches(folder: Path, archive: Path) -> Iterator[Path]:
+    """A folder in which compilers keep what they make, for as long as the block lasts.
+
+    Thousands of files are not brought back from every machine: they are unpacked from an archive,
+    if it is there, and :func:`pack` makes one of them.
+    """
+    if archive.exists():
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+    folder.mkdir(exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    yield folder
+    rmtree(folder)
 
 
-def end(process: Any) -> None:
-    """Kill a process with all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def pack(folder: Path, archive: Path) -> None:
+    """Replace the archive by one of all files in the folder."""
+    new = archive.with_suffix(".new")
+    with tarfile.open(new, "w:gz", compresslevel=1) as file:
+        file.add(folder, "")
+    new.replace(archive)
 
 
 def own_command(options: argparse.Namespace, *more: str) -> list[str]:
-    command = ["-m", "bench.gpu", "--out", str(options.out), "--until", str(options.until)]
+    command = ["-m", "bench.gpu", "times", "--out", str(options.out)]
+    command += ["--until", str(options.until)]
     return [*command, *(["--dry-run"] if options.dry_run else []), *more]
 
 
-def test_and_compile(options: argparse.Namespace, until: float) -> dict[str, Any]:
-    """Run the tests, and compile what is to be timed, in many processes.
-
-    Returns:
-        Numbers of tests by outcome, and the names of those that did not pass.
-    """
-    pytest = ["-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
-    names: list[str] = []
+def compile_all(options: argparse.Namespace, until: float) -> None:
+    """Compile what is to be timed, in many processes."""
+    logs = options.out / "compile"
+    logs.mkdir(exist_ok=True)
+    shares = 0 if options.dry_run else options.jobs
     processes = []
-    with tempfile.TemporaryDirectory() as folder:
-        logs = Path(folder)
-        for share in range(0 if options.dry_run else options.jobs):
-            command = own_command(options, "--compile", f"{share}/{options.jobs}")
-            log = logs / f"compile-{share:02}"
-            processes.append(spawn(command, log, TORCHINDUCTOR_COMPILE_THREADS="1"))
-        if not options.skip_tests:
-            listing = logs / "tests-listing"
-            process = spawn([*pytest, "--collect-only", "-q", *shlex.split(options.tests)], listing)
-            wait([process], until)
-            names = re.findall(r"^\S+\.py::.+$", read_text(listing), re.MULTILINE)
-        for share in range(options.jobs):
-            if some := names[share :: options.jobs]:
-                log = logs / f"tests-{share:02}"
-                command = [*pytest, "-v", "--tb=short", *some]
-                processes.append(spawn(command, log, TORCHINDUCTOR_COMPILE_THREADS="1"))
-        wait(processes, until)
-        for kind in ("tests", "compile"):
-            texts = [read_text(log) for log in sorted(logs.glob(f"{kind}-*"))]
-            if texts:
-                (options.out / f"{kind}.txt").write_text("\n".join(texts), encoding="utf-8")
-        if options.skip_tests:
-            return {}
-        return outcomes(names, "\n".join(read_text(log) for log in logs.glob("tests-[0-9]*")))
-
-
-def wait(processes: Iterable[Any], until: float) -> None:
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.1, until - time.time()))
-        if process.poll() is None:
-            end(process)
-
-
-def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def outcomes(names: Sequence[str], text: str) -> dict[str, Any]:
-    """Count outcomes in what ``pytest -v`` printed; tests without one are "unfinished"."""
-    pattern = r"^(\S+\.py::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b"
-    found = dict(re.findall(pattern, text, re.MULTILINE))
-    missing = [name for name in names if name not in found]
-    counts = Counter(outcome.lower() for outcome in found.values())
-    bad = [name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")]
-    return {
-        "collected": len(names),
-        **counts,
-        **({"unfinished": len(missing)} if missing else {}),
-        "not passed": [*bad, *missing],
-    }
+    for share in range(shares):
+        command = own_command(options, "--compile", f"{share}/{shares}")
+        log = logs / f"{share:02}.txt"
+        processes.append(suite.spawn(command, log, environment=suite.ONE_OF_MANY))
+    suite.wait(processes, until)
+    report = read(options.out)
+    ended = sum(process.returncode == 0 for process in processes)
+    report["compiling"] = {"processes": shares, "ended in time": ended}
+    write(options.out, report)
 
 
 def all_tasks(options: argparse.Namespace) -> "list[Task]":
@@ -273,12 +281,12 @@ def supervise(options: argparse.Namespace) -> None:
     report = options.out / REPORT
     for _ in range(STARTS):
         started = time.time()
-        process = spawn(own_command(options, "--measure"), None)
+        process = suite.spawn(own_command(options, "--measure"), None)
         while process.poll() is None:
             time.sleep(0.2)
             now = time.time()
             if now > options.until + GRACE or now - max(started, report.stat().st_mtime) > STALLED:
-                end(process)
+                suite.end(process)
         if process.returncode == 0 or time.time() > options.until:
             return
 
@@ -302,10 +310,12 @@ def render(report: Report) -> str:
     from bench.report import render as render_run
 
     results = report["results"]
-    tests = {name: value for name, value in report["tests"].items() if name != "not passed"}
     lines = [render_run(report), "", "## Tests", ""]
-    lines.append(", ".join(f"{name} {value}" for name, value in tests.items()))
-    lines += [f"- {name}" for name in report["tests"].get("not passed", [])]
+    for step, found in report["tests"].items():
+        outcomes = (f"{name} {value}" for name, value in found.items() if isinstance(value, int))
+        lines.append(f"- {step}: {', '.join(outcomes)}")
+        for kind in ("wrong", "passed alone"):
+            lines += [f"  - {kind}: {name}" for name in found.get(kind, [])]
     lines += render_rows(results.get("rows", {}))
     lines += render_kernels(results.get("kernels", {}))
     lines += render_tiles(results.get("tiles", {}))

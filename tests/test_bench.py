@@ -1,8 +1,11 @@
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -30,6 +33,7 @@ from bench import (
     rivals,
     run,
     step,
+    suite,
     timing,
 )
 from bench.cases import (
@@ -505,7 +509,7 @@ def test_run_of_some_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--skip-tests", "--out"]
+    command = [sys.executable, "-m", "bench.gpu", "times", "--dry-run", "--out"]
     done = subprocess.run(
         [*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
@@ -521,8 +525,8 @@ def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
         assert f"## {title}" in tables
 
 
-def test_a_run_ends_within_eight_minutes() -> None:
-    assert 60 * gpu.parse([]).minutes + gpu.GRACE <= 8 * 60 - 5  # some seconds to start and to end
+def test_a_part_of_a_run_ends_within_eight_minutes() -> None:
+    assert 60 * gpu.parse([]).minutes + gpu.GRACE <= 8 * 60 - 20  # to start, and to pack
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -559,17 +563,144 @@ def test_outcomes_of_tests_are_counted() -> None:
 tests/test_a.py::test_1[3x32x32 K85] PASSED                 [ 25%]
 tests/test_a.py::test_2 FAILED                              [ 50%]
 tests/test_a.py::test_3 SKIPPED (needs two devices)         [ 75%]
+tests/test_a.py::test_5 PASSED                              [ 80%]
+tests/test_a.py::test_5 ERROR                               [ 80%]
 FAILED tests/test_a.py::test_2 - AssertionError
 tests/test_a.py::test_4"""
-    names = [f"tests/test_a.py::test_{name}" for name in ("1[3x32x32 K85]", "2", "3", "4")]
-    assert gpu.outcomes(names, printed) == {
-        "collected": 4,
-        "passed": 1,
+    names = [f"tests/test_a.py::test_{name}" for name in ("1[3x32x32 K85]", "2", "3", "4", "5")]
+    found = suite.outcomes_in(printed)
+    assert suite.count(names, found, {names[4]: "PASSED", names[1]: "FAILED"}) == {
+        "collected": 5,
+        "passed": 2,
         "failed": 1,
         "skipped": 1,
         "unfinished": 1,
-        "not passed": [names[1], names[3]],
+        "wrong": [names[1]],
+        "passed alone": [names[4]],
     }
+
+
+TROUBLE = """
+import os
+import time
+
+spoiled = False
+
+def test_good(): pass
+def test_bad(): assert False
+def test_hang():
+    open("hanging", "w").close()
+    for number in os.listdir("/proc/self/fd"):
+        output = os.path.realpath(f"/proc/self/fd/{number}")
+        if "share-" in output:
+            os.utime(output, (0, 0))  # as if it had hung for long
+    time.sleep(1000)
+def test_spoils():
+    global spoiled
+    spoiled = True
+def test_spoiled(): assert not spoiled
+def test_crash(): os._exit(3)
+def test_after(): pass
+"""
+
+
+def test_a_suite_goes_on_whatever_its_tests_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process at a time, of which each takes all the tests of a step."""
+    (tmp_path / "test_trouble.py").write_text(TROUBLE)
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    monkeypatch.setattr(suite, "TURNS", 1)
+    steps = [
+        suite.Step("hangs", ["test_trouble.py", "-k", "hang"]),
+        suite.Step("broken", ["test_broken.py"]),
+        suite.Step("all", ["test_trouble.py"]),
+    ]
+    out = tmp_path / "results"
+    results = suite.run(steps, 1, out, math.inf, tmp_path)
+    for name, found in results.items():
+        assert json.loads((out / f"{name}.json").read_text()) == found
+        del found["seconds"]
+    test = "test_trouble.py::test_"
+    assert results == {
+        "hangs": {"collected": 1, "hung": 1, "wrong": [f"{test}hang"]},
+        "broken": {"collected": 0, "wrong": []},
+        "all": {
+            "collected": 6, "passed": 4, "failed": 1, "crashed": 1,
+            "wrong": [f"{test}bad", f"{test}crash"],
+            "passed alone": [f"{test}spoiled", f"{test}after"],
+        },
+    }  # fmt: skip
+    assert "no_such_module" in (out / "broken.txt").read_text()
+    assert "assert False" in (out / "all.txt").read_text()
+
+
+def test_a_suite_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_trouble.py").write_text(TROUBLE)
+
+    def now() -> float:
+        """The time is up when a test hangs."""
+        return 2e6 if (tmp_path / "hanging").exists() else 0.0
+
+    monkeypatch.setattr(suite, "TURNS", 1)
+    monkeypatch.setattr(suite, "time", SimpleNamespace(**(vars(time) | {"time": now})))
+    steps = [suite.Step("all", ["test_trouble.py", "-k", "good or hang or spoil"])]
+    found = suite.run(steps, 1, tmp_path, 1e6, tmp_path)["all"]
+    assert (found["collected"], found["passed"], found["unfinished"]) == (4, 1, 3)
+    assert not found["wrong"]
+
+
+def test_what_is_compiled_is_taken_up_by_a_later_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    archive = tmp_path / gpu.COMPILED
+    for kernel in ("first", "second"):
+        with gpu.compilers_caches(tmp_path / "compiled", archive) as folder:
+            made = Path(os.environ["TRITON_CACHE_DIR"])
+            assert sorted(made.rglob("*.cubin")) == (
+                [made / "first.cubin"] if kernel == "second" else []
+            )
+            made.mkdir(exist_ok=True)
+            (made / f"{kernel}.cubin").write_text(kernel)
+            gpu.pack(folder, archive)
+        assert not folder.exists()
+    with tarfile.open(archive) as file:
+        names = {name.removeprefix("./") for name in file.getnames()}
+    assert {"triton/first.cubin", "triton/second.cubin"} <= names
+
+
+def test_tests_are_part_of_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    found = {"collected": 2, "passed": 2, "wrong": [], "seconds": 1.5}
+    given = []
+
+    def run_suite(steps: list[suite.Step], jobs: int, out: Path, until: float) -> Any:
+        given.append((steps, jobs, out))
+        return {"some": found}
+
+    monkeypatch.setattr(suite, "run", run_suite)
+    command = ["tests", "--dry-run", "--tests", "a.py -k 'b or c'", "--out", str(tmp_path)]
+    assert gpu.main(command) == 0
+    assert given == [([suite.Step("chosen", ["a.py", "-k", "b or c"])], 1, tmp_path / "tests")]
+    report_ = run.read(tmp_path / "run.json")
+    assert report_["tests"] == {"some": found}
+    assert report_["seconds"].keys() == {"tests"}
+    assert "- some: collected 2, passed 2" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.md", gpu.COMPILED}
+    options = gpu.parse(command)
+    assert not gpu.went_wrong(options)
+    for bad in (
+        {"collected": 0, "wrong": []},
+        {"collected": 2, "passed": 1, "failed": 1, "wrong": ["a"]},
+        {"collected": 2, "passed": 1, "unfinished": 1, "wrong": []},
+    ):
+        gpu.write(options.out, report_ | {"tests": {"chosen": bad}})
+        assert gpu.went_wrong(options)
 
 
 def test_what_went_wrong_is_listed() -> None:

@@ -31,6 +31,7 @@ from mintnet_triton.kernels import Activation, BackendError, use_backend
 from mintnet_triton.mint import MintLayer, MintPair, Squeeze, frozen
 from mintnet_triton.ordering import Ordering, OrderingError
 from mintnet_triton.solvers import Auto, FixedPoint, Solver, Wavefront
+from mintnet_triton.step import NonFiniteStepError, TrainingStep
 from mintnet_triton.tuning import tune
 from mintnet_triton.verify import VerifyReport, verify
 from mintnet_triton.version import __version__
@@ -54,6 +55,7 @@ __all__ = [
     "MintNet",
     "MintPair",
     "NonFiniteError",
+    "NonFiniteStepError",
     "NotConvergedError",
     "Ordering",
     "OrderingError",
@@ -61,6 +63,7 @@ __all__ = [
     "Solver",
     "Squeeze",
     "Sum",
+    "TrainingStep",
     "TriangularMap",
     "VerifyReport",
     "Wavefront",

@@ -55,7 +55,16 @@ class Density:
         """Values (B, C, H, W) in [0, levels): images with a draw of the noise.
 
         float32 up to 256 levels, else float64.
+
+        Raises:
+            ValueError: a value of the images, which are on the CPU, is of no level.
         """
+        most = int(images.max())
+        if most >= self.levels:
+            raise ValueError(
+                f"images must be within 0 and {self.levels - 1} for levels={self.levels}, got "
+                f"{most}"
+            )
         shape = images.shape[1:]
         single = self.preprocess().values_dtype == torch.float32
         dtype = np.float32 if single else np.float64
@@ -63,10 +72,19 @@ class Density:
         return add_noise(images, torch.from_numpy(noise))
 
     def logits(self, inputs: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """x for a model whose parameters are like that one, and the log-det (B,) of v -> x."""
-        dtype = torch.promote_types(inputs.dtype, log_det_dtype(like))
-        x, log_det = self.preprocess().transform(inputs.to(dtype))
-        return x.to(like.dtype), log_det.to(log_det_dtype(like))
+        """x for a model whose parameters are like that one, and the log-det (B,) of v -> x.
+
+        It is what ``preprocess().transform`` does, without looking at values, for which a GPU
+        would have to be waited for at every step: :meth:`inputs` has looked.
+        """
+        exact = log_det_dtype(like)
+        values = inputs.to(torch.promote_types(inputs.dtype, exact))
+        p = self.logit_lambda + (1 - 2 * self.logit_lambda) * (values / self.levels)
+        x = p.log() - (-p).log1p()
+        # dv -> dp is a constant; dp -> dx is 1 / (p (1 - p)).
+        constant = math.log((1 - 2 * self.logit_lambda) / self.levels)
+        log_det = (F.softplus(x) + F.softplus(-x) + constant).flatten(1).sum(1)
+        return x.to(like.dtype), log_det.to(exact)
 
     def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
         """Bits per dimension, twice; labels are not looked at."""

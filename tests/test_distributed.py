@@ -180,7 +180,7 @@ def test_what_stops_the_first_process_stops_all(
     for process in start([*command, "--set", "learning_rate=1e12"]):
         code, _, errors = process.finish()
         assert code == 1
-        assert "training diverged at step" in errors or "lost another one" in errors
+        assert "training diverged at step" in errors or (shard and "lost another one" in errors)
         assert "Traceback" not in errors
 
 

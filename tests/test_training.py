@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("tqdm")
 
@@ -24,6 +25,7 @@ from mintnet_triton.recipes.recipe import Recipe, parse_change, read_experiment
 from mintnet_triton.recipes.runs import RunFolder
 from mintnet_triton.recipes.training import DivergedError, TrainingResult, train
 from tests import golden
+from tests.recording import Looking, Recorded, pretend
 from tests.tiny_run import random_data
 
 DENSITY = Density(levels=17, logit_lambda=0.01)
@@ -179,6 +181,26 @@ def test_ten_steps_from_the_authors_values(tmp_path: Path) -> None:
                 golden.assert_golden(trained[name], expected, 1e-9)
 
 
+def test_logits_are_those_of_the_preprocessing() -> None:
+    """Though nobody looks at values on their way."""
+    for levels, like in ((17, torch.zeros(())), (2**20, torch.zeros((), dtype=torch.float64))):
+        objective = Density(levels, 0.01)
+        images = torch.randint(0, levels, (3, 2, 4, 4))
+        rngs = [generator(0, "training", 0, index) for index in range(3)]
+        values = objective.inputs(images, rngs)
+        assert torch.equal(values.floor(), images)
+        for ours, theirs in zip(
+            objective.logits(values, like),
+            objective.preprocess().transform(
+                values.to(torch.promote_types(values.dtype, like.dtype))
+            ),
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs.to(like.dtype))
+    with pytest.raises(ValueError, match=r"images must be within 0 and 16 for levels=17, got 17"):
+        DENSITY.inputs(torch.full((1, 1, 2, 2), 17, dtype=torch.uint8), rngs[:1])
+
+
 # --- schedule, clipping, averages ---------------------------------------------------------------
 
 
@@ -319,7 +341,7 @@ def test_a_classifier_learns(tmp_path: Path) -> None:
 
 
 class Failing(Scaling):
-    """Goes wrong at its fourth call."""
+    """Goes wrong from its fourth call on."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -332,9 +354,9 @@ class Failing(Scaling):
             return z, log_det
         if self.how == "gradient":  # that of a root at 0 is infinite, its value is not
             return z, log_det + (self.a - self.a.detach()).abs().sqrt()
-        if self.how == "error":
+        if self.how == "error" or (self.how == "loss, then error" and self.calls > 5):
             raise mint.NonFiniteError("x holds 1 NaN")
-        return z, log_det * {"loss": math.nan, "large": -1e9}[self.how]
+        return z, log_det * (-1e9 if self.how == "large" else math.nan)
 
 
 @pytest.mark.parametrize(
@@ -387,6 +409,110 @@ def test_a_model_that_fails_at_a_checkpoint_is_not_kept(
 def test_a_flow_that_is_trained_too_fast_diverges(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"at step \d+: .*Try a learning rate below"):
         run(tmp_path, steps=50, learning_rate=1e12)
+
+
+@pytest.mark.parametrize(
+    ("how", "calls"),
+    # An error is one at once; else the log brings it up.
+    [("loss", training.LOG_EVERY), ("gradient", training.LOG_EVERY), ("error", 4),
+     ("loss, then error", 6)],
+)  # fmt: skip
+def test_a_step_that_diverges_is_told_of_later_and_changes_nothing(
+    how: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[training.TrainingState] = []
+    start = training.TrainingState.start
+
+    def started(*arguments: Any) -> training.TrainingState:
+        states.append(start(*arguments))
+        return states[-1]
+
+    monkeypatch.setattr(training.TrainingState, "start", started)
+    same: dict[str, Any] = {"schedule": "milestones", "average": 0.75, "clip": 1.0}
+    good, failing = Failing("loss"), Failing(how)
+    for model in (good, failing):
+        model.a.data.fill_(1.1)
+    run(tmp_path / "good", good, steps=3, **same)
+    with pytest.raises(DivergedError, match="diverged at step 3: "):
+        run(tmp_path / "failing", failing, steps=80, **same)
+    assert failing.calls == calls
+    ours, theirs = (state.state_dict() for state in states)
+    for part in ("model", "average"):
+        assert all(torch.equal(ours[part][name], theirs[part][name]) for name in ours[part])
+    for index, moments in ours["optimiser"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(theirs["optimiser"]["state"][index][name], value)
+
+
+def test_the_host_looks_where_it_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looking(owner: type, name: str) -> None:
+        """Let it, and count."""
+        method = getattr(owner, name)
+
+        def allowed(self: Any, *arguments: Any) -> Any:
+            with _disable_current_modes():
+                looks.append(name)
+                return method(self, *arguments)
+
+        monkeypatch.setattr(owner, name, allowed)
+
+    looks: list[str] = []
+    monkeypatch.setattr(training, "LOG_EVERY", 4)
+    looking(training._Loop, "begin")
+    looking(training._Loop, "_checkpoint")
+    for owner, name in ((ImageSet, "fetch"), (Density, "inputs")):  # on the CPU
+        looking(owner, name)
+    looking(mint.TrainingStep, "look")
+    with Looking():
+        run(tmp_path, Scaling(), steps=12, checkpoint_every=6, average=0.9, clip=1.0)
+    assert looks.count("look") == 4  # at 4, 6, 8, 12
+    assert looks.count("_checkpoint") == 2
+    assert looks.count("inputs") == 12
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "milestones"])
+def test_a_captured_run_is_the_run(
+    schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe: dict[str, Any] = {"steps": 12, "schedule": schedule, "milestones": (5, 9)}
+    recipe |= {"average": 0.75, "clip": 1.0}
+    run(tmp_path / "plain", Scaling(), checkpoint_every=6, **recipe)
+    monkeypatch.setattr(training, "TrainingStep", pretend(monkeypatch))
+    run(tmp_path / "captured", Scaling(), checkpoint_every=6, **recipe)
+    run(tmp_path / "parts", Scaling(), checkpoint_every=6, **recipe)
+    RunFolder(tmp_path / "parts").checkpoints()[-1].unlink()
+    run(tmp_path / "parts", Scaling(), checkpoint_every=6, resume=True, **recipe)
+    assert [step.replays for step in Recorded.made] == [9, 9, 3]
+    plain, *others = (RunFolder(tmp_path / name).load() for name in ("plain", "captured", "parts"))
+    for other in others:
+        for part in ("model", "average"):
+            assert all(torch.equal(other[part][k], value) for k, value in plain[part].items())
+        for index, moments in plain["optimiser"]["state"].items():
+            theirs = other["optimiser"]["state"][index]
+            assert all(torch.equal(theirs[name], value) for name, value in moments.items())
+    rows = [
+        [{**row, "seconds": 0, "images_per_second": 0} for row in RunFolder(tmp_path / name).rows()]
+        for name in ("plain", "captured", "parts")
+    ]
+    assert rows[0] == rows[1] == rows[2]
+    run(tmp_path / "without", Scaling(), graph=False, **recipe)
+    assert not Recorded.made[-1].capturing
+
+
+def test_how_steps_are_made_tells_no_run_from_another(tmp_path: Path) -> None:
+    whole, parts = Scaling(), Scaling()
+    run(tmp_path / "whole", whole)
+    run(tmp_path / "parts", parts, max_minutes=1e-9, graph=False)
+    folder = RunFolder(tmp_path / "parts")
+    assert "graph" not in folder.description()["recipe"]
+    # As earlier versions left it.
+    state = folder.load()
+    for group in state["optimiser"]["param_groups"]:
+        group["fused"] = None
+    folder.save(state, best=False)
+    assert run(tmp_path / "parts", parts, resume=True).finished
+    for one, two in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_time_runs_out_between_steps(tmp_path: Path) -> None:
@@ -459,6 +585,37 @@ def test_training_on_a_gpu_is_that_on_a_cpu(tmp_path: Path) -> None:
     assert run(tmp_path / "cuda", tiny_flow().to("cuda"), resume=True).finished
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_captured_run_on_a_gpu_is_the_run(
+    autocast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[mint.TrainingStep] = []
+
+    def step(*arguments: Any, **options: Any) -> mint.TrainingStep:
+        made.append(mint.TrainingStep(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(training, "TrainingStep", step)
+    for graph in (False, True):
+        run(
+            tmp_path / str(graph), tiny_flow().to("cuda"), steps=20, checkpoint_every=5,
+            autocast=autocast, average=0.9, clip=1.0, graph=graph,
+        )  # fmt: skip
+        assert (made[-1]._graph is not None) == graph
+    for ours, theirs in zip(
+        *(RunFolder(tmp_path / str(graph)).rows() for graph in (False, True)), strict=True
+    ):
+        for name in ("loss", "gradient_norm"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-2 if autocast else 1e-3)
+
+
+@pytest.mark.gpu
+def test_divergence_on_a_gpu_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"diverged at step \d+: .*Try a learning rate below"):
+        run(tmp_path, tiny_flow().to("cuda"), steps=80, learning_rate=1e12)
+
+
 # --- recipes ------------------------------------------------------------------------------------
 
 
@@ -513,6 +670,7 @@ def test_values_of_a_preset_can_be_changed() -> None:
         ({"betas": (0.9,)}, ValueError, "betas must be two numbers, got"),
         ({"milestones": (2.5,)}, TypeError, "milestones must be an integer, got 2.5"),
         ({"flip": 1}, TypeError, "flip must be true or false, got 1"),
+        ({"graph": "yes"}, TypeError, "graph must be true or false, got 'yes'"),
         ({"schedule": "step"}, ValueError, "'cosine' or 'milestones', got 'step'"),
     ],
 )

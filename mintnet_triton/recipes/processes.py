@@ -26,7 +26,8 @@ def joined(device: str) -> Iterator[torch.device]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    # What the processes themselves tell each other, they tell without their GPUs.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     try:
         yield place
     except BaseException as error:
@@ -84,6 +85,10 @@ class Processes:
         if self.count > 1:
             distributed.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process; no GPU is waited for."""
+        return flag if self.count == 1 else self.total(torch.tensor(int(flag))).item() > 0
 
     def by_the_first(self, act: Callable[[], Any]) -> Any:
         """Let the first process act on a folder; all return what it found, or stop where it does.

@@ -47,6 +47,7 @@ class Recipe:
     average: float | None = None  #: decay of an exponential moving average of the weights
     autocast: bool = False  #: bfloat16 where torch.autocast sees fit
     recompute: bool = False  #: compute hidden layers again in the backward pass, to save memory
+    graph: bool = True  #: on a GPU, capture a step in a CUDA graph; it changes no result
     validation: int = 0  #: training images that are held out to choose the best checkpoint
     seed: int = 0  #: of initial values, order, augmentation and noise
 
@@ -66,7 +67,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None or name not in _MAY_BE_NONE:
                 self._store(name, check_integer(name, value, least))
-        for name in ("amsgrad", "flip", "autocast", "recompute"):
+        for name in ("amsgrad", "flip", "autocast", "recompute", "graph"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("learning_rate", "eps", "weight_decay", "gamma", "clip", "average"):

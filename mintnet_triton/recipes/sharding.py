@@ -57,6 +57,12 @@ def whole(state: Any, keep: bool = True) -> Any:
     return state
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory; of one that is not shared, all."""
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
+
+
 def shared_out(state: Mapping[str, Any], part: Any) -> Mapping[str, Any]:
     """A state of whole tensors in the shards of what is to load it, a module or an optimiser."""
     if isinstance(part, nn.Module):

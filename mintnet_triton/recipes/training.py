@@ -3,6 +3,9 @@
 Given the same data, recipe and model, a run ends with the same weights whether or not it was
 interrupted: bit by bit on a CPU (with the same number of threads), and to rounding on a GPU or with
 another number of processes.
+
+The host waits for the device where it logs, and nowhere else: whether a step diverged is decided on
+the device, after which nothing moves until the host hears of it.
 """
 
 import math
@@ -16,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor, distributed, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from mintnet_triton.checks import NonFiniteError, check_integer, check_number
@@ -36,17 +38,21 @@ from mintnet_triton.recipes.objectives import Classification, Objective
 from mintnet_triton.recipes.processes import Processes, resident_memory
 from mintnet_triton.recipes.recipe import Recipe
 from mintnet_triton.recipes.runs import RunError, RunFolder
-from mintnet_triton.recipes.sharding import shard, shared_out, whole
+from mintnet_triton.recipes.sharding import local, shard, shared_out, whole
+from mintnet_triton.step import NonFiniteStepError, Progress, TrainingStep
 
 #: a loss of so many bits per dimension, or nats, is taken for divergence
 DIVERGED = 100.0
 
-#: steps from one row of the log to the next; a checkpoint brings one, too
+#: steps from one row of the log to the next, when the host waits; a checkpoint brings one, too
 LOG_EVERY = 50
 
 
 class DivergedError(ArithmeticError):
-    """Training met a loss or a gradient that is not finite, or a loss beyond all bounds."""
+    """Training met a loss or a gradient that is not finite, or a loss beyond all bounds.
+
+    That step moved nothing that is trained, and no step after it did.
+    """
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class TrainingResult:
     steps: int  #: trained so far, earlier calls included
     finished: bool  #: False if time or a signal ended it before the recipe's length
     checkpoint: Path  #: of the last step
-    #: of all processes, in this call, the first step left out where there are more; None: no step
+    #: of all processes, in this call, without the first step, or those until one is captured in a
+    #: graph, where there are more; None: no step
     images_per_second: float | None
     peak_memory: float | None  #: MiB of this process: allocated on a GPU, resident on a CPU
     whole_seconds: float | None  #: of the recipe at this rate; None for epochs of a stream, too
@@ -80,7 +87,7 @@ class TrainingState:
     def start(cls, model: nn.Module, recipe: Recipe, sharded: bool = False) -> "TrainingState":
         average = None
         if recipe.average is not None:
-            average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+            average = AveragedModel(model, device=next(model.parameters()).device)
         if sharded:  # after the copy, before the optimiser takes the parameters
             shard(model)
             if average is not None:
@@ -92,6 +99,7 @@ class TrainingState:
             eps=recipe.eps,
             amsgrad=recipe.amsgrad,
             weight_decay=recipe.weight_decay,
+            fused=True,  # so that it can be told on the device to leave all as it is
         )
         schedule: LRScheduler
         if recipe.schedule == "cosine":
@@ -125,6 +133,10 @@ class TrainingState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        optimiser = state["optimiser"]
+        # That of an earlier version may not say so.
+        groups = [{**group, "fused": True} for group in optimiser["param_groups"]]
+        state = {**state, "optimiser": {**optimiser, "param_groups": groups}}
         for name, part in self._parts():
             part.load_state_dict(shared_out(state[name], part))
         torch.set_rng_state(state["random"])
@@ -184,7 +196,8 @@ def train(
             copying them to each (DDP).
 
     Raises:
-        DivergedError: names the step, and the last good checkpoint.
+        DivergedError: names the step, at most 50 steps after it, and the last good checkpoint; the
+            weights are those before that step.
         RunError: the folder cannot be written to, holds another run, or is being trained in; or
             another process is gone.
         CheckpointError: the checkpoint to go on from is damaged.
@@ -234,7 +247,8 @@ class _Loop:
             **description,
             "objective": {"task": objective.task, **asdict(objective)},
             "data": {"name": data.name, "training_images": data.train.count()},
-            "recipe": asdict(recipe),
+            # A graph is how steps are made, and not what they do.
+            "recipe": {k: v for k, v in asdict(recipe).items() if k != "graph"},
         }
         self.processes = Processes.current()
         if sharded and self.processes.count == 1:
@@ -255,6 +269,15 @@ class _Loop:
         self.parallel = model
         if self.processes.count > 1 and not sharded:
             self.parallel = nn.parallel.DistributedDataParallel(model)
+        self.update = TrainingStep(
+            model,
+            self._loss,
+            self.state.optimiser,
+            clip=recipe.clip,
+            after=self._update_average,
+            limit=DIVERGED,
+            graph=recipe.graph,
+        )
         # Weights, three moments of Adam with AMSGrad, and the moving average.
         numbers = 4 + (recipe.average is not None)
         self.checkpoint_bytes = numbers * sum(p.numel() * p.element_size() for p in parameters)
@@ -300,34 +323,50 @@ class _Loop:
 
     def run(self, checkpoint_every: int, must_stop: Callable[[], bool]) -> TrainingResult:
         state, recipe = self.state, self.recipe
+        self.began_at = state.step
         began = self.clock() - state.seconds
         start, warm = (state.step, state.seconds), None
-        since_log, since_checkpoint = _Means(state), _Means(state)
+        logged, rates = state.seconds, list[float]()  # since the last row of the log
+        losses = list[float]()  # since the last checkpoint
         checkpoint = self._last_checkpoint()
         self.parallel.train()
         with (
-            self._progress() as progress,
-            compiling_heard(lambda: progress.set_description("compiling kernels, once")),
+            self._progress() as bar,
+            compiling_heard(lambda: bar.set_description("compiling kernels, once")),
         ):
             for batch in self._batches():
                 if state.finished(recipe):
                     break
-                row, stop = self._step(batch, must_stop())
-                progress.set_description("training", refresh=False)
-                state.seconds = self.clock() - began
-                warm = warm or (state.step, state.seconds)
-                since_log.add(row)
-                since_checkpoint.add(row)
-                metric = self.objective.metric
-                progress.set_postfix({metric: f"{since_log.mean(metric):.3f}"}, refresh=False)
-                progress.update(recipe.batch_size)
+                rates.append(float(state.schedule.get_last_lr()[0]))
+                stop = self._step(batch, must_stop())
+                bar.set_description("training", refresh=False)
+                bar.update(recipe.batch_size)
                 due = state.step % checkpoint_every == 0 or stop or state.finished(recipe)
-                if due or state.step % LOG_EVERY == 0:
-                    self._log(since_log.row(state, recipe.batch_size))
-                    since_log = _Means(state)
+                done = self._look() if due or state.step % LOG_EVERY == 0 else None
+                state.seconds = self.clock() - began
+                if warm is None or not self.update.settled:
+                    warm = (state.step, state.seconds)
+                if done is not None:
+                    metric, (loss, mean) = self.objective.metric, done.values
+                    bar.set_postfix({metric: f"{mean:.3f}"}, refresh=False)
+                    images = done.steps * recipe.batch_size
+                    self._log(
+                        {
+                            "step": state.step,
+                            "epoch": state.epoch,
+                            "seconds": state.seconds,
+                            "images_per_second": images / (state.seconds - logged),
+                            "loss": loss,
+                            metric: mean,
+                            "gradient_norm": done.gradient_norm,
+                            "learning_rate": sum(rates) / len(rates),
+                        }
+                    )
+                    losses += [loss] * done.steps
+                    logged, rates = state.seconds, []
                 if due:
-                    checkpoint = self._checkpoint(since_checkpoint.mean("loss"))
-                    since_checkpoint = _Means(state)
+                    checkpoint = self._checkpoint(sum(losses) / len(losses))
+                    losses = []
                 if stop:
                     break
         step, seconds = start if warm is None or state.step == warm[0] else warm
@@ -354,61 +393,78 @@ class _Loop:
             processes=self.processes.count,
         )
 
-    def _step(self, batch: Batch, must_stop: bool) -> tuple[dict[str, float], bool]:
-        """One update; what is logged of it, and whether any process has to stop."""
+    def _step(self, batch: Batch, must_stop: bool) -> bool:
+        """One update; whether any process has to stop."""
         state = self.state
-        state.optimiser.zero_grad()
-        problem = ""
         inputs = self.objective.inputs(batch.images, batch.generators)
         try:
-            with torch.autocast(
-                self.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast
-            ):
-                scores = self.objective.scores(
-                    self.parallel, inputs.to(self.device), batch.labels.to(self.device)
-                )
-            loss = scores.loss.mean()
-            sums = torch.stack([loss.detach(), scores.metric.mean(), loss.new_tensor(must_stop)])
-        except NonFiniteError as error:
-            if self.sharded:  # the other processes wait for this one's part of the next layer
-                raise self._diverged(str(error)) from error
-            problem = str(error)
-            sums = torch.full((3,), math.nan, device=self.device)
-        # Before the backward pass, so that all processes see what goes wrong in any.
-        values = self.processes.total(sums.double()) / self.processes.count
-        mean_loss, metric, stop = values.tolist()
-        if not mean_loss <= DIVERGED:  # nor is NaN
-            raise self._diverged(problem or f"the loss is {mean_loss}")
-        loss.backward()
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        total = get_total_norm(gradients)
-        norm = float(whole(total))
-        if not math.isfinite(norm):
-            raise self._diverged(f"the norm of the gradient is {norm}")
-        if self.recipe.clip is not None:
-            clip_grads_with_norm_(state.model.parameters(), self.recipe.clip, total)
-        state.optimiser.step()
-        if state.average is not None:
-            state.average.update_parameters(state.model)
-        rate = state.schedule.get_last_lr()[0]
+            self.update(inputs, batch.labels)
+        except NonFiniteError as error:  # a forward pass looks, on a CPU
+            self._look()  # for what was wrong before
+            raise self._diverged(str(error)) from error
         state.step += 1
         state.epoch, state.image = batch.next_epoch, batch.next_image
         if batch.ends_epoch or self.recipe.steps is not None:
             state.schedule.step()
-        row = {
-            "loss": mean_loss,
-            self.objective.metric: metric,
-            "gradient_norm": norm,
-            "learning_rate": float(rate),
-        }
-        return row, stop > 0
+        return self.processes.any(must_stop)
 
-    def _diverged(self, problem: str) -> DivergedError:
+    def _loss(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's loss, and the means of loss and metric over all processes."""
+        scores, problem = None, ""
+        try:
+            # A graph would keep what autocast caches.
+            with torch.autocast(
+                self.device.type,
+                dtype=torch.bfloat16,
+                enabled=self.recipe.autocast,
+                cache_enabled=False,
+            ):
+                scores = self.objective.scores(self.parallel, inputs, labels)
+        except NonFiniteError as error:
+            if self.sharded:  # the other processes wait for this one's part of the next layer
+                raise
+            problem = str(error)
+        # Before the backward pass, in which each process needs all others.
+        if self.processes.any(scores is None) or scores is None:
+            raise NonFiniteError(problem or "another process met values that are not finite")
+        loss = scores.loss.mean()
+        means = torch.stack([loss.detach(), scores.metric.mean()]).double()
+        return loss, self.processes.total(means) / self.processes.count
+
+    @torch.no_grad()
+    def _update_average(self, made: Tensor) -> None:
+        """The moving average after a step, if it was made; after the first, it is the weights."""
+        average, model = self.state.average, self.state.model
+        if average is None:
+            return
+        assert self.recipe.average is not None
+        first = (average.n_averaged == 0).double()
+        weight = (first + (1 - first) * (1 - self.recipe.average)) * made
+        weights = {p.dtype: weight.to(p.dtype) for p in model.parameters()}
+        for ours, new in zip(average.module.parameters(), model.parameters(), strict=True):
+            local(ours).lerp_(local(new), weights[new.dtype])
+        for buffer, source in zip(average.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(source)
+        average.n_averaged += made
+
+    def _look(self) -> Progress:
+        """What the steps since the last look have brought; the device is waited for.
+
+        Raises:
+            DivergedError: one of them diverged.
+        """
+        try:
+            return self.update.look()
+        except NonFiniteStepError as error:
+            raise self._diverged(error.problem, self.began_at + error.step) from error
+
+    def _diverged(self, problem: str, step: int | None = None) -> DivergedError:
         left = self._last_checkpoint()
         best = f"; the best is {self.folder.best}" if self.folder.best.is_file() else ""
         return DivergedError(
-            f"training diverged at step {self.state.step}: {problem}. The last good checkpoint is "
-            f"{left}{best}. Try a learning rate below {self.recipe.learning_rate}, or clip."
+            f"training diverged at step {self.state.step if step is None else step}: {problem}. "
+            f"The last good checkpoint is {left}{best}. Try a learning rate below "
+            f"{self.recipe.learning_rate}, or clip."
         )
 
     def _checkpoint(self, training_loss: float) -> Path:
@@ -485,31 +541,6 @@ class _Loop:
             mininterval=0.5,
             disable=not self.writes,
         )
-
-
-class _Means:
-    """Means over some steps."""
-
-    def __init__(self, state: TrainingState) -> None:
-        self.since, self.steps = state.seconds, 0
-        self.sums: dict[str, float] = {}
-
-    def add(self, row: Mapping[str, float]) -> None:
-        self.steps += 1
-        for name, value in row.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def mean(self, name: str) -> float:
-        return self.sums[name] / self.steps
-
-    def row(self, state: TrainingState, batch_size: int) -> dict[str, Any]:
-        return {
-            "step": state.step,
-            "epoch": state.epoch,
-            "seconds": state.seconds,
-            "images_per_second": self.steps * batch_size / (state.seconds - self.since),
-            **{name: self.mean(name) for name in self.sums},
-        }
 
 
 def _peak_memory(device: torch.device) -> float | None:

@@ -28,7 +28,8 @@ def tune(
         module: a layer, a network, or any module with Mint layers inside.
         batch: samples in a step that is timed.
         timer: runs a function several times and returns the time of one run;
-            ``triton.testing.do_bench`` by default.
+            ``triton.testing.do_bench_cudagraph`` by default, for a small step takes longer to launch
+            than to compute, whatever its tiles.
 
     Returns:
         For every shape the tile found: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages).
@@ -51,7 +52,7 @@ def tune(
 
 def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str, tuple[int, ...]]:
     from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph
 
     from mintnet_triton.kernels._library import compute_dtype
     from mintnet_triton.kernels.gpu import configs, launching
@@ -67,7 +68,7 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
     for tile in dict.fromkeys([present, *configs.CANDIDATES[operand]]):
         with configs.using(arch, operand, layer.channels, layer.hidden, tile):
             try:
-                times[tile] = (timer or do_bench)(lambda: _step(layer, x))
+                times[tile] = (timer or do_bench_cudagraph)(lambda: _step(layer, x))
             except OutOfResources:  # more shared memory or registers than there are
                 continue
     if not times:

@@ -11,6 +11,7 @@ from mintnet_triton.kernels import backend
 
 pytest.importorskip("triton")
 
+from triton import testing
 from triton.runtime.errors import OutOfResources
 
 from mintnet_triton.kernels.gpu import configs
@@ -47,6 +48,39 @@ def test_the_fastest_tile_is_kept(cache: Path) -> None:
     assert {key: tuple(tile) for key, tile in json.loads(cache.read_text()).items()} == found
     configs._tuned.cache_clear()  # as another process would find it
     assert configs.hidden_tile(arch, "ieee", 1, 16, 64) == best
+
+
+def test_steps_are_timed_as_graphs_by_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(100, 0, -1))
+    captured = []
+
+    def bench(step: Callable[[], object]) -> int:
+        captured.append(step)
+        return next(times)
+
+    monkeypatch.setattr(testing, "do_bench_cudagraph", bench)
+    layer = mint.MintLayer(1, 4, 16)
+    if torch.cuda.is_available():
+        layer = layer.cuda()
+    (found,) = mint.tune(layer, batch=1).values()
+    # The last is the fastest.
+    assert found == configs.CANDIDATES["ieee"][-1]
+    assert len(captured) >= len(configs.CANDIDATES["ieee"])
+
+
+@pytest.mark.gpu
+def test_a_step_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {operand: tiles[:1] for operand, tiles in configs.CANDIDATES.items()}
+    monkeypatch.setattr(configs, "CANDIDATES", few)
+    layer = mint.MintLayer(1, 4, 16).cuda()
+    times = []
+
+    def timer(step: Callable[[], object]) -> float:
+        times.append(testing.do_bench_cudagraph(step))
+        return float(times[-1])
+
+    mint.tune(layer, batch=2, timer=timer)
+    assert all(time > 0 for time in times)
 
 
 def test_what_others_found_is_kept(cache: Path) -> None:

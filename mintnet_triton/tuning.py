@@ -28,8 +28,8 @@ def tune(
         module: a layer, a network, or any module with Mint layers inside.
         batch: samples in a step that is timed.
         timer: runs a function several times and returns the time of one run;
-            ``triton.testing.do_bench_cudagraph`` by default, for a small step takes longer to launch
-            than to compute, whatever its tiles.
+            ``triton.testing.do_bench_cudagraph`` by default, for a small step takes longer to
+            launch than to compute, whatever its tiles.
 
     Returns:
         For every shape the tile found: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages).

@@ -4,13 +4,16 @@ BIN := .venv/bin
 DATA ?= digits
 OUT ?= out/demo
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-ptx test-all lint bench clean
 
 demo: .venv/ready ## train on real digits, verify, sample, invert, draw
 	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
 
 test: .venv/ready ## every mechanism: within 8 minutes on two cores
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-ptx: .venv/ready ## every kernel as compiled for sm_80 and sm_90, executed on a CPU
+	$(BIN)/python -m pytest -n auto --dist worksteal --full tests/test_ptx.py
 
 test-all: .venv/ready ## every case and every GPU, with the oldest Triton, too: hours without a GPU
 	$(BIN)/python -m pytest -n auto --dist worksteal --full

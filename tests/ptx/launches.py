@@ -22,6 +22,10 @@ from tests.ptx.threads import DEFAULT, WARP, KernelError, Manner, Threads
 
 Block = tuple[int, int, int]
 
+#: Whether Triton fences what ``cp.async`` has written before ``wgmma`` reads it, as PTX asks for.
+#: Triton 3.6 is known not to.
+FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
 #: (name of a kernel, its PTX) -> the PTX that is executed
 Change = Callable[[str, str], str]
 
@@ -123,7 +127,8 @@ def execute(
     with np.errstate(all="ignore"):
         for first in range(0, len(blocks), manner.together):
             part = blocks[first : first + manner.together]
-            shared = Shared(report.shared_memory, len(part), cell_of(program, "shared"))
+            cell = cell_of(program, "shared")
+            shared = Shared(report.shared_memory, len(part), cell, FENCES_COPIES)
             Threads(
                 program, part, first, report.grid, report.threads, parameters, memory, shared,
                 report, manner,

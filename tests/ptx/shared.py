@@ -35,10 +35,12 @@ class Shared:
     Args:
         size: bytes of a block.
         cell: bytes of a cell, a power of two, at most 16.
+        copies_fenced: whether what ``cp.async`` writes needs a fence, too, before wgmma reads it.
     """
 
-    def __init__(self, size: int, blocks: int, cell: int) -> None:
+    def __init__(self, size: int, blocks: int, cell: int, copies_fenced: bool) -> None:
         self.size = size
+        self.copies_fenced = copies_fenced
         self.cell = cell
         self.stride = (size // 1024 + 1) * 1024  # swizzles count from a multiple of 1024 bytes
         self.bytes = np.full(blocks * self.stride, 0xFF, np.uint8)
@@ -98,10 +100,10 @@ class Shared:
             self.read[cells[mixed]] = np.broadcast_to(several, cells.shape)[mixed]
 
     def check_write(self, cells: Array, stamp: Array, new: Array | None = None) -> None:
-        """Note a write by threads.
+        """Note a write by threads, or the start of a copy.
 
         Args:
-            new: bytes of each access; without them, whatever is written is taken to differ.
+            new: bytes of each access; those of a copy are not known, and taken to differ.
 
         Raises:
             MisuseError: a copy or a wgmma under way uses it, or another warp has read it since the
@@ -117,7 +119,13 @@ class Shared:
         if others.any() and (new is None or (others & self._differs(cells, new)).any()):
             raise MisuseError("writes to what another warp has written since the last barrier")
         self.wrote[cells] = stamp
-        self.unfenced[cells] = True
+        self.unfenced[cells] = self.copies_fenced or new is not None
+
+    def note_copied(self, cells: Array, stamp: Array) -> None:
+        """A warp has waited for its copies to these cells."""
+        self.coming[cells] = False
+        self.wrote[cells] = stamp
+        self.unfenced[cells] = self.copies_fenced
 
     def _differs(self, cells: Array, new: Array) -> Array:
         """Whether cells hold other bytes."""

@@ -29,13 +29,11 @@ from tests.ptx.shared import MisuseError, Shared, stamps
 
 WARP = 32
 
-#: branches back that a unit may take before another one has its turn: it may be waiting for it
-PATIENCE = 2000
+#: loops with atomic operations that threads may go round before others have their turn: they may be
+#: waiting for those; and how often they may all in all
+PATIENCE, MOST_POLLS = 20, 4000
 
 CONTROL = ("bra", "ret", "exit", "trap", "bar", "barrier")
-
-#: how often all units may have had their turn without one of them coming to a barrier
-TURNS = 200
 
 
 class KernelError(Exception):
@@ -94,6 +92,7 @@ class Threads:
         self.constants: dict[tuple[str, str], Array] = {}
         self.alive = self.everyone.copy()
         self.waiting = np.full(count, -1)  # where a thread goes on after the barrier it waits at
+        self.polling, self.polls = False, 0
         self.copies: list[transfers.Copy] = []
         self.copy_groups = np.zeros(count, np.int64)
         self.wgmma = matrix.Flight(self) if program.uses("wgmma") else None
@@ -228,19 +227,11 @@ class Threads:
         Raises:
             KernelError: see :class:`KernelError`.
         """
-        idle = 0
         while self.alive.any():
             for unit in self.units:
                 self._run_unit(unit)
-            if self._pass_barriers():
-                idle = 0
-            elif not any(self.units):
-                if self.alive.any():
-                    raise KernelError(f"{self.program.name}: threads wait at a barrier for ever")
-            else:
-                idle += 1
-                if idle > TURNS:
-                    raise KernelError(f"{self.program.name}: threads wait for others for ever")
+            if not self._pass_barriers() and not any(self.units) and self.alive.any():
+                raise KernelError(f"{self.program.name}: threads wait at a barrier for ever")
 
     def _pass_barriers(self) -> bool:
         """Let blocks go on of which all threads wait, or have ended; whether there are any."""
@@ -265,22 +256,23 @@ class Threads:
         unit[at] = unit[at] | mask if at in unit else mask
 
     def _run_unit(self, unit: dict[int, Array]) -> None:
-        back = 0
+        """Run threads until they end or wait, or poll for what others are to do."""
+        hasty = False
         while unit:
-            # Those that are behind go first; but they may be waiting for the others.
-            patient = back <= PATIENCE
-            at = min(unit) if patient else max(unit)
-            back += self._run_together(unit, at, unit.pop(at), patient)
-            if back > 2 * PATIENCE:
+            # Those that are behind go first, but not if they wait for those before them.
+            alone, at = len(unit) == 1, max(unit) if hasty else min(unit)
+            polling = self._run_together(unit, at, unit.pop(at), hasty)
+            if polling and (alone or hasty):
                 return
+            hasty = polling
 
-    def _run_together(self, unit: dict[int, Array], at: int, mask: Array, patient: bool) -> int:
+    def _run_together(self, unit: dict[int, Array], at: int, mask: Array, hasty: bool) -> bool:
         """Run threads that are at one place until they part, end, wait, or others are due.
 
         Returns:
-            How often they branched back.
+            Whether they go round and round, looking at what others may change.
         """
-        code, back, start = self.program.code, 0, at
+        code, start, rounds = self.program.code, at, 0
         self.choose(mask)
         warps = int(mask.reshape(-1, WARP).any(1).sum())
         while True:
@@ -290,18 +282,26 @@ class Threads:
                 self.report.passed(start, at, warps)
                 goes_on = self._control(instruction, unit, mask)
                 if goes_on is None:
-                    return back
-                back += goes_on < at
+                    return False
+                rounds += goes_on < at and self._has_polled()
                 start = at = goes_on
-                if back > PATIENCE or (patient and unit and min(unit) < at):
+                if rounds >= PATIENCE or (unit and min(unit) < at and not hasty):
                     self._join(unit, at, mask)
-                    return back
+                    return rounds >= PATIENCE
             else:
                 self._execute(instruction, mask)
             if at in unit:
                 self.report.passed(start, at, warps)
                 self._join(unit, at, mask)
-                return back
+                return False
+
+    def _has_polled(self) -> bool:
+        """Whether an atomic operation has been executed since this was asked last."""
+        polled, self.polling = self.polling, False
+        self.polls += polled
+        if self.polls > MOST_POLLS:
+            raise KernelError(f"{self.program.name}: threads wait for others for ever")
+        return polled
 
     def _control(self, instruction: Instruction, unit: dict[int, Array], mask: Array) -> int | None:
         """Where all go on; None if not together."""

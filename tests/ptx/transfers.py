@@ -106,6 +106,7 @@ def _atomically(
     threads: Threads, instruction: Instruction, address: Array, size: int,
     update: Callable[[int, Array], Array],
 ) -> Array:  # fmt: skip
+    threads.polling = True
     synchronises = not {"acq_rel", "acquire", "release"}.isdisjoint(instruction.kinds)
     return threads.memory.atomic(address, size, _era(threads), synchronises, update)
 
@@ -192,8 +193,7 @@ def _land(threads: Threads, before: Array) -> None:
             if threads.late:
                 _fill(threads, landed)
             cells = threads.shared.cells(landed.places, copy.size)
-            threads.shared.coming[cells] = False
-            threads.shared.wrote[cells] = threads.stamp[landed.threads][:, None]
+            threads.shared.note_copied(cells, threads.stamp[landed.threads][:, None])
         if not done.all():
             remaining.append(_part(copy, ~done))
     threads.copies = remaining

@@ -197,8 +197,10 @@ def test_logits_are_those_of_the_preprocessing() -> None:
             strict=True,
         ):
             assert torch.equal(ours, theirs.to(like.dtype))
-    with pytest.raises(ValueError, match=r"images must be within 0 and 16 for levels=17, got 17"):
-        DENSITY.inputs(torch.full((1, 1, 2, 2), 17, dtype=torch.uint8), rngs[:1])
+    for wrong in (17, -1):
+        message = f"within 0 and 16 for levels=17, got values from {wrong} to {wrong}"
+        with pytest.raises(ValueError, match=message):
+            DENSITY.inputs(torch.full((1, 1, 2, 2), wrong), rngs[:1])
 
 
 # --- schedule, clipping, averages ---------------------------------------------------------------

@@ -59,17 +59,18 @@ class Density:
         Raises:
             ValueError: a value of the images, which are on the CPU, is of no level.
         """
-        most = int(images.max())
-        if most >= self.levels:
-            raise ValueError(
-                f"images must be within 0 and {self.levels - 1} for levels={self.levels}, got "
-                f"{most}"
-            )
         shape = images.shape[1:]
         single = self.preprocess().values_dtype == torch.float32
         dtype = np.float32 if single else np.float64
         noise = np.stack([rng.random(shape, dtype=dtype) for rng in generators])
-        return add_noise(images, torch.from_numpy(noise))
+        values = add_noise(images, torch.from_numpy(noise))
+        least, most = (int(bound.floor()) for bound in values.aminmax())
+        if least < 0 or most >= self.levels:
+            raise ValueError(
+                f"images must be within 0 and {self.levels - 1} for levels={self.levels}, got "
+                f"values from {least} to {most}"
+            )
+        return values
 
     def logits(self, inputs: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """x for a model whose parameters are like that one, and the log-det (B,) of v -> x.

@@ -23,7 +23,7 @@ from mintnet_triton.ordering import Ordering
 from tests import grid
 from tests.ptx import KernelError, Manner, Report, executed, kernels
 from tests.ptx.elsewhere import compiled
-from tests.ptx.launches import execute
+from tests.ptx.launches import Argument, execute
 from tests.ptx.program import read
 
 ARCHS = ("sm_90", "sm_80")
@@ -427,7 +427,7 @@ ret;
 }}
 """)
     report = Report(program, (blocks, 1, 1), {}, threads, 1024, blocks, True, True)
-    arguments = {f"x{i}": ("*", tensor) for i, tensor in enumerate(tensors)}
+    arguments = [Argument(f"x{i}", "*", tensor) for i, tensor in enumerate(tensors)]
     every = [(i, 0, 0) for i in range(blocks)]
     execute(report, arguments, every, manner or Manner())
     return report

@@ -18,12 +18,12 @@ SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 FLOAT = {2: np.float16, 4: np.float32, 8: np.float64}
 
 #: types whose names do not say their bytes
-SIZES = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "tf32": 4}
+SIZES = {"bf16": 2, "tf32": 4}
 
 
 def size_of(type_: str) -> int:
     """Bytes of a number."""
-    return SIZES.get(type_) or int(type_[1:]) // 8
+    return 4 if type_.endswith("x2") else SIZES.get(type_) or int(type_[1:]) // 8
 
 
 def plain(type_: str) -> str:

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -91,9 +91,11 @@ def executed(
             compiled.metadata.shared, len(chosen), measured, traced,
         )  # fmt: skip
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        signature = compiled.src.signature
-        live = {name: (kind, values[name]) for name, kind in signature.items()
-                if kind != "constexpr"}  # fmt: skip
+        live = [
+            argument
+            for name, kind in compiled.src.signature.items()
+            for argument in flatten(name, kind, values[name])
+        ]
         execute(report, live, chosen[::-1] if manner.backwards else chosen, manner)
         reports.append(report)
 
@@ -106,22 +108,37 @@ def executed(
         yield reports
 
 
+class Argument(NamedTuple):
+    """One that the kernel has a parameter for."""
+
+    name: str
+    type: str  # "*bf16", "i32" ..., as Triton has it
+    value: Any
+
+
+def flatten(name: str, type_: Any, value: Any) -> Iterator[Argument]:
+    """Tuples have a parameter for each element; constants have none."""
+    if isinstance(type_, tuple):
+        fields = getattr(value, "_fields", range(len(value)))
+        for field, kind, element in zip(fields, type_, value, strict=True):
+            yield from flatten(f"{name}.{field}", kind, element)
+    elif type_ != "constexpr":
+        yield Argument(name, type_, value)
+
+
 def execute(
     report: Report,
-    arguments: dict[str, tuple[str, Any]],
+    arguments: Sequence[Argument],
     blocks: Sequence[Block],
     manner: Manner,
 ) -> None:
     """Execute blocks of a launch, and complete its report.
 
-    Args:
-        arguments: type and value of each that the kernel has a parameter for.
-
     Raises:
         KernelError: see :func:`executed`.
     """
     program = report.program
-    tensors = {name: one for name, (_, one) in arguments.items() if isinstance(one, Tensor)}
+    tensors = {one.name: one.value for one in arguments if isinstance(one.value, Tensor)}
     memory = Memory(tensors, cell_of(program, "global"), len(blocks))
     parameters = parameters_of(program, arguments, memory)
     with np.errstate(all="ignore"):
@@ -139,21 +156,17 @@ def execute(
         raise KernelError(f"{program.name}: {error}") from None
 
 
-def parameters_of(
-    program: Program, arguments: dict[str, tuple[str, Any]], memory: Memory
-) -> dict[str, int]:
+def parameters_of(program: Program, arguments: Sequence[Argument], memory: Memory) -> list[int]:
     """Bits of each parameter; those that Triton adds at the end are 0."""
-    bits = dict.fromkeys(program.parameters, 0)
-    for parameter, (name, (type_, value)) in zip(
-        program.parameters, arguments.items(), strict=False
-    ):
+    bits = [0] * len(program.parameters)
+    for i, (name, type_, value) in enumerate(arguments):
         if isinstance(value, Tensor):
-            bits[parameter] = memory.address(value)
+            bits[i] = memory.address(value)
         elif type_ in ("fp32", "fp64"):
             form = "<f" if type_ == "fp32" else "<d"
-            bits[parameter] = int.from_bytes(struct.pack(form, value), "little")
+            bits[i] = int.from_bytes(struct.pack(form, value), "little")
         elif type_[0] in "iu":
-            bits[parameter] = int(value) & 0xFFFFFFFFFFFFFFFF
+            bits[i] = int(value) & 0xFFFFFFFFFFFFFFFF
         else:
             raise KernelError(f"{program.name}: {name} is of type {type_}, not known here")
     return bits

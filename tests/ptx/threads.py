@@ -70,14 +70,16 @@ class Threads:
         first: int,
         grid: tuple[int, int, int],
         size: int,
-        parameters: dict[str, int],
+        parameters: Sequence[int],
         memory: Memory,
         shared: Shared,
         report: Report,
         manner: Manner,
     ) -> None:
         self.program, self.memory, self.shared, self.report = program, memory, shared, report
-        self.parameters, self.grid, self.late = parameters, grid, manner.late
+        self.grid, self.late = grid, manner.late
+        #: they lie in a space of their own, 8 bytes each
+        self.parameters = np.array(parameters, np.uint64)
         count = len(blocks) * size
         self.block_size = size
         self.everyone = np.ones(count, bool)
@@ -147,9 +149,14 @@ class Threads:
             return self._special(text)
         key = text, type_
         if key not in self.constants:
-            symbol = text[0].isalpha() or text[0] == "$"  # all of shared memory, at 0
-            self.constants[key] = arithmetic.constant("0" if symbol else text, type_)
+            self.constants[key] = arithmetic.constant(self._value(text), type_)
         return self.constants[key]
+
+    def _value(self, text: str) -> str:
+        """A number, for the name of a parameter, of shared memory, or itself."""
+        if text in self.program.parameters:
+            return str(8 * self.program.parameters.index(text))
+        return "0" if text[0].isalpha() else text
 
     def get(self, operand: Operand | None, type_: str) -> Array:
         """Numbers of an operand."""

@@ -60,9 +60,10 @@ def load(threads: Threads, instruction: Instruction) -> None:
     size, width = size_of(type_), instruction.width
     if space == "param":
         assert isinstance(source, Address)
-        assert isinstance(source.base, Word)
-        bits = threads.parameters[source.base.text] & ((1 << 8 * size) - 1)
-        threads.set(to, np.array([bits], UNSIGNED[size]), type_)
+        where = threads.bits(source.base, "u64").astype(np.int64) + source.offset
+        if (where % 8).any() or width > 1:
+            raise UnsupportedError("a part of a parameter")
+        threads.set(to, threads.parameters[where // 8].astype(UNSIGNED[size]), type_)
         return
     if space.startswith("shared"):
         places, stamp = threads.shared_places(instruction, source, size * width)

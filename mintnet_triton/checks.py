@@ -2,7 +2,9 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
@@ -10,6 +12,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+_UNREAD = ContextVar("unread", default=False)
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """In the block, nobody looks at values off the CPU, for somebody judges what comes of them."""
+    token = _UNREAD.set(True)
+    try:
+        yield
+    finally:
+        _UNREAD.reset(token)
 
 
 class NonFiniteError(ValueError):
@@ -79,13 +93,17 @@ def _autocast_takes(x: Tensor, like: Tensor) -> bool:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether values are not known: in a graph, a transform of ``torch.func``, or a fake tensor."""
+    """Whether values are not known: in a graph, a transform of ``torch.func``, or a fake tensor.
+
+    Nor are they where :func:`unread` says so.
+    """
     return (
         torch.compiler.is_compiling()
         or isinstance(x, FakeTensor)
         or get_proxy_mode() is not None
         or torch._C._get_tracing_state() is not None
         or bool(torch._C._functorch.peek_interpreter_stack())
+        or (_UNREAD.get() and x.device.type != "cpu")
     )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mintnet_triton.checks import check_integer, check_number, check_tensor
+from mintnet_triton.checks import check_integer, check_number, check_tensor, is_traced
 from mintnet_triton.flow import MintNet
 from mintnet_triton.presets import load_preset
 from mintnet_triton.solvers import log_det_dtype
@@ -114,7 +114,7 @@ class ImagePreprocess(nn.Module):
             )
         if images.ndim != 4:
             raise ValueError(f"images must be (batch, C, H, W), got shape {tuple(images.shape)}")
-        if images.numel():
+        if images.numel() and not is_traced(images):
             ordered = images.double() if images.dtype in _UNORDERED else images
             least, most = (int(bound) for bound in ordered.aminmax())
             if least < 0 or most >= self.levels:
@@ -132,7 +132,7 @@ class ImagePreprocess(nn.Module):
             TypeError, ValueError: not a finite floating tensor within [0, levels].
         """
         check_tensor("values", values, (None, None, None), like=None)
-        if values.numel():
+        if values.numel() and not is_traced(values):
             least, most = (float(bound) for bound in values.detach().aminmax())
             if least < 0 or most > self.levels:
                 raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Adam
 
-from mintnet_triton.checks import NonFiniteError, check_number
+from mintnet_triton.checks import NonFiniteError, check_number, unread
 
 #: steps that are made one launch after the other before one is captured
 WARM_UP = 3
@@ -54,8 +54,8 @@ class TrainingStep:
 
     Where a step cannot be captured, a warning says why, and steps go on one launch after the other,
     with the same results: with several processes, with hooks on the model, or where something waits
-    for the device, as ``flow.log_prob`` and ``bits_per_dim`` do to look at their input. A batch of
-    another shape than the first one is never replayed.
+    for the device. A batch of another shape than the first one is never replayed. Input checks of
+    this library that would look at values on a GPU are left out.
 
     Randomness on a GPU has to come from torch's default generator, which graphs know of.
 
@@ -81,14 +81,13 @@ class TrainingStep:
 
     Example::
 
-        def loss(x):
-            z, log_det = flow(x)
-            return (z.square().flatten(1).sum(1) / 2 - log_det).mean()
+        def loss(images):
+            return mint.bits_per_dim(flow, images).mean()
 
         optimiser = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
         step = mint.TrainingStep(flow, loss, optimiser)
-        for number, x in enumerate(batches, start=1):
-            step(x)  # batches on the CPU or on the device of the flow
+        for number, images in enumerate(batches, start=1):
+            step(images)  # on the CPU or on the device of the flow
             if number % 50 == 0:
                 print(step.look().values)
     """
@@ -184,7 +183,8 @@ class TrainingStep:
         """Forwards, backwards, and the update, unless it is not to be made."""
         self.optimiser.zero_grad()  # gradients are None, so that a graph writes them, and adds not
         before = [buffer.clone() for buffer in self._buffers]
-        result = self.loss(*inputs)
+        with unread():  # what is not finite is found below
+            result = self.loss(*inputs)
         loss, values = result if isinstance(result, tuple) else (result, result.detach().view(1))
         loss.backward()
         with torch.no_grad():

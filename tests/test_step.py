@@ -278,6 +278,26 @@ def test_a_graph_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training.step.replays == 0
 
 
+def test_losses_of_ours_look_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of the input, which look elsewhere."""
+    with torch.device("meta"):
+        flow = mint.MintNet(1, 8, pairs=1, hidden=4, squeezes=0)
+        x, images = torch.empty(2, 1, 8, 8), torch.empty(2, 1, 8, 8, dtype=torch.uint8)
+    optimiser = Adam(flow.parameters(), fused=True)
+    monkeypatch.setattr(optimiser, "step", lambda: None)
+
+    def log_prob(x: Tensor) -> Tensor:
+        return -flow.log_prob(x).mean()
+
+    def bits_per_dim(images: Tensor) -> Tensor:
+        return mint.bits_per_dim(flow, images).mean()
+
+    for loss, values in ((log_prob, x), (bits_per_dim, images)):
+        with pytest.raises(RuntimeError, match="meta"):
+            loss(values)
+        TrainingStep(flow, loss, optimiser)(values)
+
+
 @pytest.mark.parametrize("task", ["density", "classify"])
 def test_a_step_off_the_cpu_looks_at_nothing(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With networks of ours, on a device whose tensors have no values at all."""

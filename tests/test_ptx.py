@@ -24,6 +24,7 @@ from tests import grid
 from tests.ptx import KernelError, Manner, Report, executed, kernels
 from tests.ptx.elsewhere import compiled
 from tests.ptx.launches import Argument, execute
+from tests.ptx.measure import total
 from tests.ptx.program import read
 
 ARCHS = ("sm_90", "sm_80")
@@ -400,8 +401,7 @@ def test_reports() -> None:
     assert {one.warp for one in loads} == set(range(4))
     # 128 bytes that begin 4 bytes after a sector does lie in five.
     assert all(len(one.sectors) == 5 and one.size == 4 for one in loads)
-    moved = [traffic for traffic in report.sectors.values() if traffic.requests]
-    assert sum(one.moved for one in moved) == 5 * 32 + 3 * 32
+    assert total(report.sectors)[:2] == (2 * 32, 5 * 32 + 3 * 32)
 
 
 # Faults, one by one, in PTX written by hand.

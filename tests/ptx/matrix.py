@@ -10,7 +10,8 @@ one, or the first; and in between, nobody else may touch either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -206,6 +207,10 @@ class Tile:
         result = to_numbers(words, type_)
         return result.swapaxes(1, 2) if self.turned else result
 
+    def part(self, which: Array) -> Tile:
+        """Of some warpgroups alone."""
+        return Tile(self.places[which], self.turned)
+
     def cells(self, threads: Threads) -> Array:
         return threads.shared.cells(self.places, 16)
 
@@ -224,21 +229,11 @@ class Product:
 
     def part(self, which: Array) -> Product:
         """Of some of its warpgroups alone."""
-        left = (
-            Tile(self.left.places[which], self.left.turned)
-            if isinstance(self.left, Tile)
-            else self.left[which]
-        )
-        right = Tile(self.right.places[which], self.right.turned)
-        return Product(
-            self.instruction,
-            self.groups[which],
-            self.number[which],
-            left,
-            right,
-            self.adds[which],
-            self.done,
-        )
+        left = self.left.part(which) if isinstance(self.left, Tile) else self.left[which]
+        return replace(
+            self, groups=self.groups[which], number=self.number[which], left=left,
+            right=self.right.part(which), adds=self.adds[which],
+        )  # fmt: skip
 
     def tiles(self) -> list[Tile]:
         return [one for one in (self.left, self.right) if isinstance(one, Tile)]
@@ -262,7 +257,6 @@ class Flight:
             for one in threads.program.code
             if one.name == "wgmma" and one.operands
             for operand in one.operands[:2]
-            if isinstance(operand, Vector)
             for register in _indices(operand)
         }
 
@@ -276,35 +270,23 @@ class Flight:
         Raises:
             MisuseError: it uses one that a wgmma under way has to itself.
         """
-        if instruction.name == "wgmma":
+        results = [one.index for one in instruction.results]
+        written = self._used.intersection(results)
+        if instruction.name == "wgmma" or not (self.products or written):
             return
-        if self.products:
-            if not self.sums.keys().isdisjoint(instruction.registers):
-                for index in instruction.registers & self.sums.keys():
-                    if (self.sums[index] & self._present()).any():
-                        raise MisuseError("uses a sum of a wgmma under way")
-            for result in instruction.results:
-                if (
-                    result.index in self.factors
-                    and (self.factors[result.index] & self._present()).any()
-                ):
-                    raise MisuseError("changes a factor of a wgmma under way")
-        for result in instruction.results:
-            if result.index in self._used:
-                known = self.unfenced.get(result.index)
-                self.unfenced[result.index] = (
-                    self._present() if known is None else known | self._present()
-                )
+        here = self._present()
+        if _meet(self.sums, instruction.registers, here):
+            raise MisuseError("uses a sum of a wgmma under way")
+        if _meet(self.factors, results, here):
+            raise MisuseError("changes a factor of a wgmma under way")
+        for index in written:
+            self.unfenced[index] = self.unfenced.get(index, False) | here
 
     def execute(self, instruction: Instruction) -> None:
         kind = instruction.kinds[0]
         if kind == "fence":
-            present = self._present()
-            self.unfenced = {
-                index: one & ~present
-                for index, one in self.unfenced.items()
-                if (one & ~present).any()
-            }
+            here = self._present()
+            self.unfenced = {index: one & ~here for index, one in self.unfenced.items()}
         elif kind == "commit_group":
             self.committed[self.threads.chosen_groups(WARPGROUP)] += 1
         elif kind == "wait_group":
@@ -332,7 +314,7 @@ class Flight:
         assert isinstance(sums, Vector)
         if len(sums.elements) != n // 2:
             raise MisuseError(f"{len(sums.elements)} sums of a thread for n = {n}")
-        self._check_registers(sums, left, groups)
+        self._check_registers(sums, left)
         factor: Tile | Array
         if isinstance(left, Vector):
             warps = (groups[:, None] * 4 + np.arange(4)).reshape(-1)
@@ -364,16 +346,13 @@ class Flight:
         interval = self.threads.interval[self.threads.block[groups * WARPGROUP]]
         return stamps(interval, SEVERAL)[:, None, None, None]
 
-    def _check_registers(self, sums: Vector, left: Operand, groups: Array) -> None:
-        here = np.zeros(len(self.committed), bool)
-        here[groups] = True
-        factors = list(_indices(left)) if isinstance(left, Vector) else []
-        for index in factors:
-            if index in self.sums and (self.sums[index] & here).any():
-                raise MisuseError("multiplies a sum of a wgmma under way")
-        for index in [*_indices(sums), *factors]:
-            if index in self.unfenced and (self.unfenced[index] & here).any():
-                raise MisuseError("uses a register that threads have written, without wgmma.fence")
+    def _check_registers(self, sums: Vector, left: Operand) -> None:
+        here = self._present()
+        factors = _indices(left)
+        if _meet(self.sums, factors, here):
+            raise MisuseError("multiplies a sum of a wgmma under way")
+        if _meet(self.unfenced, [*_indices(sums), *factors], here):
+            raise MisuseError("uses a register that threads have written, without wgmma.fence")
 
     def _tile(
         self, operand: Operand, groups: Array, rows: int, depth: int, size: int, turned: bool
@@ -395,9 +374,8 @@ class Flight:
             sums, left = product.instruction.operands[:2]
             for index in _indices(sums):
                 self.sums[index] = self.sums.get(index, False) | here
-            if isinstance(left, Vector):
-                for index in _indices(left):
-                    self.factors[index] = self.factors.get(index, False) | here
+            for index in _indices(left):
+                self.factors[index] = self.factors.get(index, False) | here
 
     def _finish(self, groups: Array, still: int) -> None:
         """Finish all but the last ``still`` groups of instructions of these warpgroups."""
@@ -440,6 +418,12 @@ class Flight:
         put_sums(threads, sums, warps, total.reshape(len(warps), 16, -1))
 
 
-def _indices(vector: Operand) -> list[int]:
-    elements = vector.elements if isinstance(vector, Vector) else ()
+def _indices(operand: Operand) -> list[int]:
+    """Registers of a fragment; none, if it lies in memory."""
+    elements = operand.elements if isinstance(operand, Vector) else ()
     return [one.index for one in elements if isinstance(one, Register)]
+
+
+def _meet(busy: dict[int, Array], registers: Iterable[int], here: Array) -> bool:
+    """Whether registers of these warpgroups are among the busy ones."""
+    return any(bool((busy[index] & here).any()) for index in busy.keys() & set(registers))

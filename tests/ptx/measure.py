@@ -1,7 +1,9 @@
-"""What a launch did, counted: what a GPU's profiler would tell of it, but for time."""
+"""What a launch did, counted: what a GPU's profiler would tell of it, but for time.
+
+Instructions are those of PTX: ptxas makes others of them, fewer moves and more of addresses.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -166,9 +168,9 @@ def kind_of(instruction: Instruction) -> str:
     return ".".join([instruction.name, *[kind for kind in kinds if kind in TELLING][:2]])
 
 
-def total(traffic: Sequence[Traffic]) -> Traffic:
-    """Of several instructions."""
+def total(traffic: dict[int, Traffic]) -> Traffic:
+    """Of all instructions."""
     result = Traffic(0, 0, 0)
-    for one in traffic:
+    for one in traffic.values():
         result = result.plus(*one)
     return result

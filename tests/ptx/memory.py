@@ -21,9 +21,6 @@ from tests.ptx.shared import MisuseError, others_now
 #: addresses of a storage, as a power of two
 SPACE = 40
 
-#: bytes that addresses of storages are a multiple of, as on a GPU
-ALIGNED = 512
-
 Update = Callable[[int, Array], Array]
 
 #: written by several blocks, or eras, the same value
@@ -74,6 +71,8 @@ class Eras:
         result = np.zeros(one.shape, bool)
         met = (one != 0) & (other != 0) & (one != other)
         met |= (one == MANY) & (other == MANY)
+        if not met.any():
+            return result
         for first, second in np.unique(np.stack([one[met], other[met]], 1), axis=0):
             if MANY in (first, second) or not self._ordered(first, second):
                 result |= (one == first) & (other == second)
@@ -194,8 +193,8 @@ class Memory:
             now, moment = era[which][:, None], stamp[which][:, None]
             before = region.wrote[cells]
             changed = (memory[where] != new).any(1, keepdims=True)
-            foreign = (before != 0) & (before != now)
-            if (foreign & changed).any() and self._apart(before, now, foreign & changed).any():
+            foreign = self.eras.apart(*np.broadcast_arrays(before, now))
+            if (foreign & changed).any():
                 raise MisuseError(f"writes to what another block has written to {region.tensor}")
             if ((before == now) & changed & others_now(region.stamp[cells], moment)).any():
                 raise MisuseError(
@@ -207,15 +206,11 @@ class Memory:
                 raise MisuseError(
                     f"threads write different values to the same place of {region.tensor}"
                 )
-            region.wrote[cells] = np.where(foreign & ~changed, MANY, now)
+            region.wrote[cells] = np.where(foreign, MANY, now)
             region.stamp[cells] = moment
             now = np.broadcast_to(now, cells.shape)
             mixed = region.wrote[cells] != now
             region.wrote[cells[mixed]] = MANY
-
-    def _apart(self, one: Array, other: Array, where: Array) -> Array:
-        one, other = np.broadcast_arrays(one, other)
-        return self.eras.apart(one[where], other[where])
 
     def atomic(
         self, address: Array, size: int, eras: Array, synchronises: bool, update: Update

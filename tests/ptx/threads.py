@@ -343,10 +343,9 @@ class Threads:
         barrier = instruction.operands[0]
         if instruction.kinds != ("sync",) or barrier != Word("0") or len(instruction.operands) > 1:
             raise self._fault(instruction, "not known here")
-        if not (mask & ~self.alive).any():
-            per_warp = mask.reshape(-1, WARP)
-            if (per_warp.any(1) & ~per_warp.all(1)).any():
-                raise self._fault(instruction, "a barrier that not all threads of a warp come to")
+        elsewhere = (self.alive & ~mask).reshape(-1, WARP).any(1)
+        if (mask.reshape(-1, WARP).any(1) & elsewhere).any():
+            raise self._fault(instruction, "a barrier that not all threads of a warp come to")
         here = mask.reshape(-1, self.block_size)
         missing = (self.alive & ~mask).reshape(-1, self.block_size)
         if not (here.any(1) & missing.any(1)).any():

@@ -6,7 +6,7 @@ its own buffers too, is not seen: this package's own operators declare their mul
 seen, so torch is told to use one.
 
 Of the Triton kernels, and of the layer that numba compiles for CPUs, the launches, which are noted
-but not run.
+but not run; beside the former, what a GPU would launch for torch's own operators.
 """
 
 import gc
@@ -194,11 +194,37 @@ def tiles_of(arch: str, operand: str) -> Iterator[None]:
         yield
 
 
+class Launches(TorchDispatchMode):
+    """Counts torch's operators that a GPU would launch something for, within this package's too.
+
+    That is all but views and those that give memory without writing to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "mintnet_triton":
+            key = "CUDA" if any(tensor.is_cuda for tensor in _tensors(args)) else "CPU"
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            with self:  # which torch takes away from the operator
+                return func.redispatch(keys, *args, **kwargs)
+        aliases = [one.alias_info for one in func._schema.returns]
+        is_view = all(alias is not None and not alias.is_write for alias in aliases)
+        self.count += not (is_view or func.overloadpacket in EMPTY)
+        return func(*args, **kwargs)
+
+
 def count_launches(work: Work) -> Figures:
     """The launches of some work, and what the kernels declare of them, without running any.
 
     For each kernel: launches; the multiply-adds that the mask leaves (exact) and that its tiles do
-    (scheduled); the bytes of its tensors. A kernel that declares nothing has launches alone.
+    (scheduled); the bytes of its tensors. A kernel that declares nothing has launches alone, as
+    torch's own operators have.
     """
     figures: defaultdict[str, int] = defaultdict(int)
 
@@ -219,9 +245,10 @@ def count_launches(work: Work) -> Figures:
 
         return launch
 
-    with patch.object(triton.runtime.jit.KernelInterface, "__getitem__", note_launch):
+    launches = Launches()
+    with patch.object(triton.runtime.jit.KernelInterface, "__getitem__", note_launch), launches:
         work()
-    return dict(figures)
+    return {**figures, "torch launches": launches.count}
 
 
 def count_compiled(work: Work) -> Figures:
@@ -244,7 +271,7 @@ def count_compiled(work: Work) -> Figures:
 
     def note_backward(_: object, groups: Sequence[int], *arguments: Any) -> None:
         nonlocal compiled
-        convs, centres, plans, _, _, _, by_weights, lines = arguments[5:]
+        convs, centres, plans, _, _, _, by_weights, lines = arguments[4:]
         plans = [*convs, *centres, *(plans if by_weights[0].size else ())]
         compiled += cpu_mint_layer.products(plans, lines, len(groups))
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -28,11 +28,8 @@ from bench.ceilings import flops_of
 from bench.race import Problem, Result, Subject, precision_of
 from bench.rivals import RIVALS
 from bench.timing import Clock, Work, spread
-from mintnet_triton import MaskedConv2d, MintLayer
-from mintnet_triton.kernels.gpu import configs, masked_conv, mint_layer
-from mintnet_triton.kernels.gpu.mint_layer import as_image, new_hidden
-from mintnet_triton.kernels.gpu.weights import pack
-from mintnet_triton.kernels.reference import Structure, join_centres
+from mintnet_triton import MaskedConv2d
+from mintnet_triton.kernels.gpu import configs, launching, masked_conv
 
 #: tiles that the middle kernel is timed with, on top of those that the library itself tries
 MORE_TILES = tuple(
@@ -49,16 +46,19 @@ MORE_TILES = tuple(
 
 #: the kernels of a training step, in the order of their launches
 STEP = (
-    ("masked_conv_kernel", "conv1"),
-    ("middle_kernel", "middle"),
+    ("pack_kernel", "weights"),
+    ("columns_kernel", "x"),
+    ("hidden_kernel", "first"),
+    ("hidden_kernel", "middle"),
     ("output_kernel", "output"),
-    ("hidden_gradient_kernel", "gradient by a2"),
-    ("hidden_gradient_kernel", "gradient by a1"),
+    ("pack_kernel", "weights, transposed"),
+    ("upstream_kernel", "upstream"),
+    ("hidden_kernel", "gradient by a2"),
+    ("hidden_kernel", "gradient by a1"),
     ("output_kernel", "gradient by x"),
-    ("weight_gradient_kernel", "gradient by W1"),
     ("weight_gradient_kernel", "gradient by W2"),
-    ("weight_gradient_kernel", "gradient by W3"),
-    ("weight_gradient_kernel", "gradient by centres"),
+    ("weight_gradient_kernel", "gradients by W1, W3"),
+    ("finish_kernel", "gradients by parameters"),
 )
 
 
@@ -115,80 +115,38 @@ def profile(subject: Subject, steps: int = 5) -> Result:
     return found
 
 
-class Launches:
-    """The kernels of a layer one by one, on tensors of their own."""
+def launches_of(work: Work) -> list[tuple[str, Work]]:
+    """The launches of some work, each with the name of its kernel, to be done again one by one.
 
-    def __init__(self, subject: Subject) -> None:
-        layer, mode, problem = subject.module, subject.problem.mode, subject.problem
-        assert isinstance(layer, MintLayer)
-        self.x, self.by_y = problem.x, problem.upstream["y"]
-        self.problem, self.mode, self.precision = problem, mode, mode.kernels
-        with torch.no_grad():
-            self.weights = layer.effective_weights()
-            self.packed = mint_layer.pack_layer(self.weights, mode.dtype)
-        assert layer.ordering is not None
-        self.structure = Structure(layer.ordering.order, layer.ordering.triangle, "elu")
-        self.h1, self.h2 = new_hidden(self.x, self.packed), new_hidden(self.x, self.packed)
-        self.y, self.diagonal = torch.empty_like(self.x), torch.empty_like(self.x)
-        self.by_diagonal = torch.randn_like(self.x)
+    None of them reads what it writes, so that each does the same again.
+    """
+    found: list[tuple[str, Work]] = []
+    launch = launching.launch
 
-    def conv1(self) -> None:
-        masked_conv.run_conv(
-            as_image(self.h1), self.x, self.packed.weight1, self.packed.bias1, 1,
-            self.x.shape[1], *self.structure, self.precision,
-        )  # fmt: skip
+    def note(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        found.append((kernel.fn.__name__, partial(launch, kernel, *arguments, **constants)))
+        launch(kernel, *arguments, **constants)
 
-    def hidden(self) -> Tensor:
-        return mint_layer.run_hidden(
-            self.x, self.h1, self.h2, self.packed, self.structure, self.precision
-        )
-
-    def output(self, parts: Tensor) -> Tensor:
-        return mint_layer.run_output(
-            self.y, self.diagonal, self.x, self.h2, parts, self.packed, self.structure,
-            self.precision,
-        )  # fmt: skip
-
-    def backward(self) -> tuple[Tensor, Tensor, Tensor]:
-        weights = self.weights
-        results: tuple[Tensor, Tensor, Tensor] = mint_layer.backward_op(
-            self.x, self.h1, self.h2, self.by_y, self.by_diagonal, weights.weight1,
-            weights.weight2, weights.weight3, join_centres(weights), weights.t,
-            *self.structure,
-        )  # fmt: skip
-        return results
-
-    def weight_gradients(self, by_a1: Tensor, by_a2: Tensor) -> Any:
-        return mint_layer.weight_gradients_op(
-            self.x, self.h1, self.h2, self.by_y, by_a1, by_a2, self.by_diagonal,
-            self.weights.centre1.shape[1], [3, 3, 3], *self.structure,
-        )  # fmt: skip
-
-    def check(self) -> Tensor:
-        """Run forward, compare, and return the parts of the diagonal."""
-        parts = self.hidden()
-        log_det = self.output(parts)
-        gate(self.mode, {"y": self.y, "log_det": log_det}, self.problem.expected_forward)
-        return parts
+    with mock.patch.object(launching, "launch", note):
+        work()
+    return found
 
 
-@torch.no_grad()
+def launches_of_step(subject: Subject) -> dict[str, Work]:
+    """Those of a training step, by what they compute."""
+    found = launches_of(subject.training)
+    assert [name for name, _ in found] == [name for name, _ in STEP]
+    return {label: launch for (_, label), (_, launch) in zip(STEP, found, strict=True)}
+
+
 def time_operations(subject: Subject, clock: Clock) -> Result:
-    """Times of the launches with what surrounds them, in milliseconds."""
-    launches = Launches(subject)
-    parts = launches.check()
-    _, by_a1, by_a2 = launches.backward()
-    work: dict[str, Work] = {
-        "conv1": launches.conv1,
-        "conv1, middle": launches.hidden,
-        "output": partial(launches.output, parts),
-        "gradients by a2, a1, x": launches.backward,
-        "gradients by weights": partial(launches.weight_gradients, by_a1, by_a2),
-    }
-    return {name: clock(one, cold=True) for name, one in work.items()}
+    """Times of the launches of a step, and of the whole with all that surrounds it, in ms."""
+    launches = launches_of_step(subject)
+    times = {name: clock(launch, cold=True) for name, launch in launches.items()}
+    whole = {"forward": subject.forward, "step": subject.training}
+    return times | {name: clock(work, cold=True) for name, work in whole.items()}
 
 
-@torch.no_grad()
 def measure_tile(
     scale: Scale,
     batch: int,
@@ -198,71 +156,98 @@ def measure_tile(
     clock: Clock,
 ) -> Result:
     """The middle kernel with another tile; None is the library's own choice."""
-
-    def skip(*_: Any) -> None: ...
-
     arch, operand = configs.architecture(device), configs.operand(mode.dtype, mode.kernels)
     shape = (arch, operand, scale.channels, scale.hidden)
     with precision_of(mode), configs.using(*shape, tile) if tile else nullcontext():
-        _, subject = step_of(scale, batch, mode, device)
-        launches = Launches(subject)
-        launches.check()
-        used = mint_layer.middle_tile(launches.packed, scale.channels, launches.precision)
-        with mock.patch.object(mint_layer, "run_conv", skip):
-            elapsed = clock(launches.hidden, cold=True)
-    middle = MaskedConv2d(*2 * (scale.channels * scale.hidden,), 3, colours=scale.channels)
-    flops = flops_of(middle, (batch, 0, scale.size, scale.size))
-    return {"ms": elapsed, "TFLOP/s exact": flops / elapsed / 1e9, "tile": list(used)}
+        problem, subject = step_of(scale, batch, mode, device)
+        middle = launches_of_step(subject)["middle"]
+        gate(mode, subject.forward(), problem.expected_forward)
+    assert isinstance(middle, partial)
+    constants = middle.keywords
+    used = [*constants["BLOCKS"], constants["num_warps"], constants["num_stages"]]
+    elapsed = clock(middle, cold=True)
+    conv = MaskedConv2d(*2 * (scale.channels * scale.hidden,), 3, colours=scale.channels)
+    flops = flops_of(conv, (batch, 0, scale.size, scale.size))
+    return {"ms": elapsed, "TFLOP/s exact": flops / elapsed / 1e9, "tile": [int(n) for n in used]}
+
+
+def densely(what: str, by_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A 3 x 3 convolution in torch, or its gradient by "x" or "W"."""
+    if not what:
+        return F.conv2d(x, weight, padding=1)
+    wanted = [what == "x", what == "W", False]
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        by_y, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+    )
+    return gradients[wanted.index(True)]
 
 
 @torch.no_grad()
 def measure_rows(
     scale: Scale, batch: int, mode: Mode, device: torch.device, clock: Clock
 ) -> Result:
-    """The middle convolution alone, on rows padded to a multiple of 16 channels, as in a layer.
+    """The middle convolution alone, and its gradients by x and by its weight (W).
 
-    "kernel" is what a layer launches; "operator" is the same on images; and both rivals are
-    cuDNN's dense convolution, channels last, one of them with padded channels.
+    "kernel" is the launch that multiplies, between canvases; "operator" is the same between images,
+    of weights as a module has them; and both rivals are cuDNN's dense convolution, channels last,
+    one of them with channels padded as in a canvas.
     """
     torch.manual_seed(0)
     colours, units, size = scale
     channels, dtype = colours * units, mode.dtype
     conv = MaskedConv2d(channels, channels, 3, colours=colours).to(device, dtype)
     weight = conv.masked_weight()
-    assert conv.bias is not None
-    bias = conv.bias
-    x = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    expected = {"out": F.conv2d(x.double(), weight.double(), bias.double(), padding=1)}
-    packed = pack(weight, dtype)
-    spare = packed.shape[2] - channels
-    structure = (units, colours, "channel", "lower", "identity")
-    rows = F.pad(x.permute(0, 2, 3, 1), (0, spare)).contiguous()
-    out = torch.empty_like(rows)
-
-    def kernel() -> Tensor:
-        masked_conv.run_conv(as_image(out), as_image(rows), packed, bias, *structure, mode.kernels)
-        return as_image(out)
-
-    def operator() -> Tensor:
-        result: Tensor = masked_conv.conv_op(x, packed, bias, *structure)
-        return result
-
-    def dense(spare: int) -> Callable[[], Tensor]:
-        arguments = (
-            as_image(F.pad(x.permute(0, 2, 3, 1), (0, spare)).contiguous()),
-            F.pad(weight, (0, 0, 0, 0, 0, spare, 0, spare)),
+    x, by_y = (
+        torch.randn(batch, channels, size, size, device=device, dtype=dtype).to(
+            memory_format=torch.channels_last
         )
-        image, kernel = (one.contiguous(memory_format=torch.channels_last) for one in arguments)
-        padded_bias = F.pad(bias, (0, spare))
-        return lambda: F.conv2d(image, kernel, padded_bias, padding=1)
+        for _ in range(2)
+    )
+    structure: Any = (colours, ["channel", "lower"])
+    spare = launching.padded(channels) - channels
 
-    works = {"kernel": kernel, "operator": operator, "dense": dense(0), "padded": dense(spare)}
+    def operator(what: str) -> Tensor:
+        if what == "W":
+            found = masked_conv.weight_gradient_op(by_y, x, colours, 3, structure[1], dtype)
+            return cast(Tensor, found)
+        image = by_y if what == "x" else x
+        return cast(
+            Tensor, masked_conv.conv_op(image, weight, None, *structure, dtype, what == "x")
+        )
+
+    def dense(what: str, spare: int) -> Work:
+        given = (by_y, x, weight)
+        widths = ((0, 0, 0, 0, 0, spare), (0, 0, 0, 0, 0, spare), (0, 0, 0, 0, 0, spare, 0, spare))
+        by_out, image, kernel = (
+            F.pad(one, width).contiguous(memory_format=torch.channels_last)
+            for one, width in zip(given, widths, strict=True)
+        )
+        return partial(densely, what, by_out, image, kernel)
+
     with precision_of(mode):
-        errors = {
-            name: gate(mode, {"out": work()[:, :channels]}, expected)["error"]
-            for name, work in works.items()
-        }
+        works: dict[str, Work] = {}
+        errors = {}
+        for what in ("", "x", "W"):
+            by = f" by {what}" if what else ""
+            rivals: dict[str, Any] = {
+                f"operator{by}": partial(operator, what),
+                f"dense{by}": dense(what, 0),
+                f"padded{by}": dense(what, spare),
+            }
+            expected = densely(what, by_y.double(), x.double(), weight.double())
+            # What the mask hides of a gradient means nothing.
+            left = conv.mask.repeat_interleave(units, 0).repeat_interleave(units, 1)
+            seen = left if what == "W" else slice(None)
+            for name, work in rivals.items():
+                found = work()[: len(expected), :channels]
+                errors[name] = gate(mode, {"out": found[seen]}, {"out": expected[seen]})["error"]
+            multiplying = ("hidden_kernel", "weight_gradient_kernel")
+            (kernel,) = (
+                launch
+                for name, launch in launches_of(partial(operator, what))
+                if name in multiplying
+            )
+            works |= {f"kernel{by}": kernel} | rivals
         times = clock.race(works, cold=True)
     return {"ms": {name: spread(times[name]).median for name in works}, "errors": errors}
 

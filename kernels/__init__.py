@@ -29,7 +29,7 @@ from mintnet_triton.kernels.dispatch import (
     mint_wavefront,
 )
 from mintnet_triton.kernels.fronts import Bracket, Wave, steepest_share
-from mintnet_triton.kernels.reference import MintWeights, mint_magnitude, with_centres
+from mintnet_triton.kernels.reference import MintWeights, Weights, mint_magnitude, with_centres
 
 __all__ = [
     "Activation",
@@ -38,6 +38,7 @@ __all__ = [
     "FrozenWeights",
     "MintWeights",
     "Wave",
+    "Weights",
     "find_activation",
     "fixed_point",
     "full_float32",

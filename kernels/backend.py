@@ -24,8 +24,8 @@ _settings = Lock()
 #: of the blocks that have been entered, by whatever thread; the last one holds
 _choices = ["auto"]
 
-#: most pixels in a batch: kernels count them in 32 bits, by tiles that may reach beyond the last
-MOST_PIXELS = 2**31 - 2**16
+#: most pixels in a batch: kernels count in 32 bits, and around small images more zeros than pixels
+MOST_PIXELS = 2**26
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 NUMBA_INSTALLED = importlib.util.find_spec("numba") is not None

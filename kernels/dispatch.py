@@ -18,7 +18,7 @@ from mintnet_triton.kernels.backend import (
 )
 from mintnet_triton.kernels.cpu import products as cpu_products
 from mintnet_triton.kernels.fronts import Slopes, Wave
-from mintnet_triton.kernels.reference import Call, MintWeights, Structure
+from mintnet_triton.kernels.reference import Call, MintWeights, Structure, Weights
 
 if TRITON_INSTALLED:
     from mintnet_triton.kernels._library import compute_dtype
@@ -26,6 +26,8 @@ if TRITON_INSTALLED:
     from mintnet_triton.kernels.gpu import masked_conv as triton_conv
     from mintnet_triton.kernels.gpu import mint_layer as triton_layer
     from mintnet_triton.kernels.gpu import wavefront as triton_wavefront
+    from mintnet_triton.kernels.gpu.launching import precision_of
+    from mintnet_triton.kernels.gpu.weights import Packed
 
 
 def masked_conv2d(
@@ -57,29 +59,34 @@ class FrozenWeights:
         """Other weights, of another dtype or device."""
         self.weights = weights
         self._packed_for_cpu: Any = None
-        #: by dtype, with what other streams than that of the packing have to wait for
-        self._packed: dict[torch.dtype, tuple[triton_layer.Packed, torch.cuda.Event | None]] = {}
+        #: by dtype and precision, with what other streams than that of the packing have to wait for
+        self._packed: dict[tuple[torch.dtype, str], tuple[Packed, torch.cuda.Event | None]] = {}
 
     @property
     def weight2(self) -> Tensor:
         return self.weights.weight2
 
-    def packed(self, dtype: torch.dtype) -> "triton_layer.Packed":
-        """The weights as the kernels read them, for products of that dtype."""
+    def packed(self, dtype: torch.dtype, precision: str, structure: Structure) -> "Packed":
+        """The weights as the kernels read them, for products of that dtype and precision."""
         t = self.weights.t
         # A graph neither waits for what is outside it, nor has anything for others in its memory.
         in_graph = torch.compiler.is_compiling() or (
             t.is_cuda and torch.cuda.is_current_stream_capturing()
         )
-        if dtype in self._packed:
-            packed, ready = self._packed[dtype]
+        key = dtype, precision
+        if key in self._packed:
+            packed, ready = self._packed[key]
             if ready is not None and not in_graph:
-                ready.wait(torch.cuda.current_stream(t.device))
+                stream = torch.cuda.current_stream(t.device)
+                ready.wait(stream)
+                for one in (*packed, *self.weights):  # which nobody may overwrite before it is done
+                    if one is not None:
+                        one.record_stream(stream)
             return packed
-        packed = triton_layer.pack_layer(self.weights, dtype)
+        packed = triton_layer.packed(as_weights(self.weights), dtype, precision, structure)
         if not in_graph:
             ready = torch.cuda.current_stream(t.device).record_event() if t.is_cuda else None
-            self._packed[dtype] = packed, ready
+            self._packed[key] = packed, ready
         return packed
 
     def packed_for_cpu(self, order: str, triangle: str) -> Any:
@@ -90,6 +97,11 @@ class FrozenWeights:
             parts = (*self.weights[:6], self.weights.t)
             self._packed_for_cpu = cpu_mint_layer.pack_layer(parts, order, triangle)
         return self._packed_for_cpu
+
+
+def as_weights(weights: MintWeights | Weights) -> Weights:
+    """What the Triton kernels take, which find the centres by themselves."""
+    return weights if isinstance(weights, Weights) else Weights(*weights[:6], weights.t)
 
 
 def _in_float32(weights: MintWeights | FrozenWeights) -> MintWeights | FrozenWeights:
@@ -126,7 +138,7 @@ def _numba_layer(
 
 def mint_map(
     x: Tensor,
-    weights: MintWeights | FrozenWeights,
+    weights: MintWeights | Weights | FrozenWeights,
     activation: Activation,
     order: str,
     triangle: str,
@@ -136,6 +148,7 @@ def mint_map(
     watched = call is not None
     if use_triton(x, activation, watched):
         return mint_forward(x, weights, activation, order, triangle)[0]
+    assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
             arguments = (activation, order, triangle, call)
@@ -150,7 +163,7 @@ def mint_map(
 
 def mint_forward(
     x: Tensor,
-    weights: MintWeights | FrozenWeights,
+    weights: MintWeights | Weights | FrozenWeights,
     activation: Activation,
     order: str,
     triangle: str,
@@ -160,6 +173,7 @@ def mint_forward(
     """A Mint layer, the diagonal of its Jacobian, and its log-determinant.
 
     Args:
+        weights: effective ones; where :func:`use_triton` says yes, raw ones do as well.
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
         call: calls each convolution, which is then computed on its own, by plain PyTorch.
 
@@ -172,9 +186,11 @@ def mint_forward(
         if isinstance(weights, FrozenWeights) and torch.is_grad_enabled() and x.requires_grad:
             weights = weights.weights
         if isinstance(weights, FrozenWeights):
-            packed = weights.packed(compute_dtype(weights.weights.weight2))
-            return triton_layer.packed_forward(x, packed, structure)
-        return triton_layer.mint_forward(x, weights, structure, recompute)
+            dtype = compute_dtype(weights.weights.weight2)
+            packed = weights.packed(dtype, precision_of(dtype), structure)
+            return triton_layer.packed_forward(x, packed, as_weights(weights.weights), structure)
+        return triton_layer.mint_forward(x, as_weights(weights), structure, recompute)
+    assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
             results = mint_forward(
@@ -196,6 +212,10 @@ def mint_forward(
     return y, diagonal, diagonal.log().flatten(1).sum(1)
 
 
+#: residual to which coarse products bring a sample: about their rounding
+COARSE = 1e-3
+
+
 def fixed_point(
     z: Tensor,
     start: Tensor,
@@ -206,14 +226,32 @@ def fixed_point(
     alpha: float,
     iterations: int,
     tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    coarse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Algorithm 1 on a Mint layer, where :func:`use_triton` says yes.
 
-    See :class:`.inversion.Iterated` for what is returned.
+    Args:
+        coarse: begin with products in TensorFloat-32, for float32, and finish without.
+
+    Returns:
+        As :class:`.inversion.Iterated`, of the finish; and the iterations of both.
     """
     structure = Structure(order, triangle, activation.name)
-    packed = weights.packed(z.dtype)
-    return triton_inversion.fixed_point(z, start, packed, structure, alpha, iterations, tolerance)
+    arguments = (as_weights(weights.weights), structure, alpha, iterations)
+    steps: Tensor | int = 0
+    if coarse and z.dtype == torch.float32:
+        packed = weights.packed(z.dtype, "tf32", structure)
+        limit = max(tolerance, COARSE)
+        begun = triton_inversion.fixed_point(z, start, packed, *arguments, limit, "tf32")
+        # What went astray begins anew.
+        found = begun.residuals.gather(0, begun.iterations[None])[0] <= limit
+        start = torch.where(found.view(-1, 1, 1, 1), begun.x, start)
+        steps = begun.iterations
+    packed = weights.packed(z.dtype, "ieee", structure)
+    x, log_det, residuals, iterated = triton_inversion.fixed_point(
+        z, start, packed, *arguments, tolerance
+    )
+    return x, log_det, residuals, iterated, steps + iterated
 
 
 def mint_wavefront(

@@ -22,14 +22,16 @@ def seen_inputs(
     """The input channels that output colours ``first`` to ``last`` see, as [low, high).
 
     PLACE is negative for taps before the centre in reading order, 0 for the centre. ORDER is
-    "channel" or "pixel", or "own" for each colour seeing itself alone. TRIANGLE is "lower",
-    "upper", or "below": lower, but for a colour's own centre.
+    "channel" or "pixel", "own" for each colour seeing itself alone, or "dense" for seeing all.
+    TRIANGLE is "lower", "upper", or "below": lower, but for a colour's own centre.
     """
     low = 0 * first
     high = 0 * first + units * colours
     if ORDER == "own":
         low = first * units
         high = (last + 1) * units
+    elif ORDER == "dense":
+        high += 0
     elif TRIANGLE == "lower" or TRIANGLE == "below":
         if PLACE > 0 and ORDER == "pixel":
             high = 0 * units

@@ -23,6 +23,29 @@ class Structure(NamedTuple):
     activation: str
 
 
+class Weights(NamedTuple):
+    """The seven tensors of a Mint layer: its raw parameters, or effective weights."""
+
+    weight1: Tensor  # (C*K, C, k1, k1)
+    bias1: Tensor | None  # (C*K,)
+    weight2: Tensor  # (C*K, C*K, k2, k2)
+    bias2: Tensor | None  # (C*K,)
+    weight3: Tensor  # (C, C*K, k3, k3)
+    bias3: Tensor | None  # (C,)
+    t: Tensor  # (C, H, W)
+
+    @property
+    def kernels(self) -> tuple[int, int, int]:
+        return self.weight1.shape[-1], self.weight2.shape[-1], self.weight3.shape[-1]
+
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.bias1, self.bias2, self.bias3
+
+    def contiguous(self) -> "Weights":
+        return Weights(*(None if one is None else one.contiguous() for one in self))  # type: ignore[arg-type]
+
+
 class MintWeights(NamedTuple):
     """Effective (masked, sign-corrected) weights of one Mint layer.
 

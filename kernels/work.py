@@ -6,13 +6,17 @@ ones, counted with the very functions that give the kernel its ranges, say how m
 waste.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from mintnet_triton.kernels.canvas import padded
 from mintnet_triton.kernels.ranges import first_block, seen_inputs
+
+#: channels of a colour out and in, colours, kernel, order and triangle of a masked convolution
+Structure = tuple[int, int, int, int, str, str]
 
 
 def _of_tap(
@@ -94,77 +98,97 @@ def scheduled_of_gradient(
 ) -> int:
     """Multiply-adds that the tiles of the gradient by its weights do for one pixel."""
     outputs, inputs = units_out * colours, units_in * colours
+    # Three taps side by side go together, and one of the outer two sees what any of them sees.
+    together = 3 if kernel == 3 else 1
+    edge = 0 if triangle == "lower" else together - 1
     tiles = 0
     for start in range(0, outputs, block_n):
         first = start // units_out
         last = min((start + block_n - 1) // units_out, colours - 1)
-        for place in range(-(kernel**2 // 2), kernel**2 // 2 + 1):
+        for place in range(edge - kernel**2 // 2, kernel**2 // 2 + 1, together):
             low, high = seen_inputs(first, last, units_in, colours, place, order, triangle)
             starts = range(0, inputs, block_k)
-            tiles += sum(k < high and min(k + block_k, inputs) > low for k in starts)
+            seen = sum(k < high and min(k + block_k, inputs) > low for k in starts)
+            tiles += together * seen
     return tiles * block_n * block_k
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    from mintnet_triton.kernels.gpu.launching import tensors_in  # for Triton need not be there
+
+    return list(tensors_in(arguments))
 
 
 @dataclass(frozen=True)
 class Declared:
-    """The work of a kernel with one masked convolution; called, it is Triton's launch metadata.
+    """The work of a kernel with a masked convolution; called, it is Triton's launch metadata.
+
+    What goes by columns (:mod:`.gpu.canvas`) is counted as the product that it is: a kernel of 1,
+    all of whose inputs of a colour are seen.
 
     Args:
         name: of the kernel.
         units_in, units_out: names of the arguments with the channels of a colour, or numbers.
-        own: whether there is a product of every colour with itself, too.
+        own: name of the argument that holds tensors if every colour is multiplied with itself,
+            too, as a hidden layer's diagonal and its gradient are.
     """
 
     name: str
     units_in: str | int
     units_out: str | int
-    own: bool
+    own: str | None = None
 
-    def _structure(self, arguments: Mapping[str, Any]) -> tuple[int, int, int, int, str, str]:
-        """What the counts of this room begin with."""
+    def _structures(self, arguments: Mapping[str, Any]) -> list[Structure]:
+        """What the counts of this room begin with, for each product; the convolution comes first.
+
+        A gradient by weights may be of two convolutions, with opposite triangles.
+        """
         inputs, outputs = (
             arguments[units] if isinstance(units, str) else units
             for units in (self.units_in, self.units_out)
         )
-        constants = (arguments["KERNEL"], arguments["ORDER"], arguments["TRIANGLE"])
-        return outputs, inputs, arguments["colours"], *constants
+        colours, order, triangle = (arguments[key] for key in ("colours", "ORDER", "TRIANGLE"))
+        structures = [(outputs, inputs, colours, arguments["KERNEL"], order, triangle)]
+        if arguments.get("pair") is not None:
+            structures.append((*structures[0][:5], "upper" if triangle == "lower" else "lower"))
+        if self.own and _tensors([arguments[self.own]]):
+            structures.append((outputs, outputs, colours, 1, "own", "lower"))
+        return structures
 
     def exact(self, arguments: Mapping[str, Any]) -> int:
         """Multiply-adds that the mask leaves of a launch."""
-        structure = self._structure(arguments)
-        outputs, _, colours, *_ = structure
-        image = (arguments["height"], arguments["width"])
-        products = exact_of_image(*structure, *image)
-        if self.own:
-            products += exact_of_image(outputs, outputs, colours, 1, "own", "lower", *image)
-        return products * int(arguments["samples"])
+        canvas = arguments["canvas"]
+        products = (
+            exact_of_image(*structure, canvas.height, canvas.width)
+            for structure in self._structures(arguments)
+        )
+        return sum(products) * int(arguments["samples"])
 
     def scheduled(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
         """Multiply-adds of all tiles of a launch, whatever of them lies outside the images."""
-        structure = self._structure(arguments)
-        outputs, _, colours, *_ = structure
-        block_m, block_n, block_k = (int(arguments[f"BLOCK_{axis}"]) for axis in "MNK")
+        block_m, block_n, block_k, own, width, _ = arguments["BLOCKS"]
+        conv, *others = self._structures(arguments)
         if "weight" not in arguments:
-            pixels = int(arguments["samples"] * arguments["height"] * arguments["width"])
-            of_pixel = scheduled_of_gradient(*structure, block_n, block_k)
-            return -(-pixels // block_m) * block_m * of_pixel
-        of_pixel = scheduled(*structure, block_n, block_k)
-        if self.own:
-            own = int(arguments.get("BLOCK_OWN", block_k))
-            of_pixel += scheduled(outputs, outputs, colours, 1, "own", "lower", block_n, own)
-        return grid[0] // -(-outputs * colours // block_n) * block_m * of_pixel
+            canvas = arguments["canvas"]
+            positions = int(arguments["samples"]) * canvas.rows * canvas.pitch
+            return padded(positions, block_m) * sum(
+                scheduled_of_gradient(*structure, block_n, block_k) for structure in (conv, *others)
+            )
+        of_place = scheduled(*conv, block_n, block_k)
+        of_place += sum(scheduled(*structure, block_n, own) for structure in others)
+        tiles = -(-conv[0] * conv[2] // block_n)
+        if others and arguments["own"] is None:  # sums by colour
+            of_place += tiles * block_n * width
+        return int(grid[0] // tiles * block_m * of_place)
 
     def __call__(
         self, grid: Any, compiled: Any, arguments: Mapping[str, Any]
     ) -> dict[str, str | int]:
-        outputs, inputs, colours, *_ = self._structure(arguments)
-        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-        if "weight" in arguments:
-            bits = 8 * arguments["weight"].element_size()
-        else:
-            bits = arguments["OPERAND"].primitive_bitwidth
+        outputs, inputs, colours, *_ = self._structures(arguments)[0]
+        operand = arguments["weight" if "weight" in arguments else "gradient"]
+        tensors = _tensors(arguments.values())
         return {
             "name": f"{self.name} {colours}x{inputs}->{colours}x{outputs}",
-            f"flops{bits}": 2 * self.exact(arguments),
-            "bytes": sum(value.numel() * value.element_size() for value in tensors),
+            f"flops{8 * operand.element_size()}": 2 * self.exact(arguments),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         }

@@ -118,15 +118,13 @@ class MaskedConv2d(nn.Module):
             return seen.repeat_interleave(units, 0)
         return seen.unsqueeze(1)
 
-    def masked_weight(self) -> Tensor:
-        """Effective weight (out_channels, in_channels, k, k), a new contiguous tensor.
-
-        Hidden entries have to be finite, for they are multiplied by zero.
+    def raw_weight(self) -> Tensor:
+        """The weight (out_channels, in_channels, k, k) as it is, without the mask.
 
         Raises:
-            TypeError, ValueError: the weight is sharded, or of another shape than it was.
+            TypeError, ValueError: it is sharded, or of another shape than it was.
         """
-        weight, seen = self.weight, self._seen
+        weight = self.weight
         if hasattr(weight, "device_mesh"):  # a DTensor, which takes a second to import
             raise TypeError(
                 "weight is sharded: call unshard() on every sharded module, or register what you "
@@ -138,6 +136,17 @@ class MaskedConv2d(nn.Module):
                 f"weight must have shape {(self.out_channels, self.in_channels, side, side)}, got "
                 f"{tuple(weight.shape)}"
             )
+        return weight
+
+    def masked_weight(self) -> Tensor:
+        """Effective weight (out_channels, in_channels, k, k), a new contiguous tensor.
+
+        Hidden entries have to be finite, for they are multiplied by zero.
+
+        Raises:
+            TypeError, ValueError: as :meth:`raw_weight`.
+        """
+        weight, seen = self.raw_weight(), self._seen
         if seen.is_meta and not weight.is_meta:  # of weights that are given for a call
             seen = self._what_is_seen()
         seen = seen.to(weight.device, weight.dtype)

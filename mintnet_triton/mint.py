@@ -18,6 +18,7 @@ from mintnet_triton.kernels import (
     FrozenWeights,
     MintWeights,
     Wave,
+    Weights,
     find_activation,
     fixed_point,
     mint_exact_map,
@@ -185,22 +186,29 @@ class MintLayer(TriangularMap):
         t = self.t
         return t.to(log_det_dtype(t)).abs().clamp(min=1e-12)
 
-    def effective_weights(self) -> MintWeights:
-        """Masked, sign-corrected weights, computed from the parameters at each call.
+    def raw_weights(self) -> Weights:
+        """The parameters as the Triton kernels take them, which mask and correct them.
 
         Raises:
             HookError: a forward pre-hook of a convolution keeps an input that there is not.
             TypeError, ValueError: a convolution or a parameter has been replaced by one that does
                 not fit.
         """
-        convs = [self.conv1, self.conv2, self.conv3]
-        if self._watching:  # but not hooks that have been removed
-            present = {key for conv in convs for key in conv._forward_pre_hooks}
-            self._watching.intersection_update(present)
-        for number, conv in enumerate(convs, start=1):
-            self._check_conv(f"conv{number}", conv)
-            run_conv_hooks(conv, self._watching, f"'conv{number}' of a MintLayer")
+        convs = self._checked_convs()
         # Each is asked for once, for a parametrization computes it every time.
+        weight1, weight2, weight3 = (conv.raw_weight() for conv in convs)
+        bias1, bias2, bias3 = (conv.bias for conv in convs)
+        weights = Weights(weight1, bias1, weight2, bias2, weight3, bias3, self.t)
+        self._check_tensors(weights, self.t.dtype)
+        return weights
+
+    def effective_weights(self) -> MintWeights:
+        """Masked, sign-corrected weights, computed from the parameters at each call.
+
+        Raises:
+            HookError, TypeError, ValueError: as :meth:`raw_weights`.
+        """
+        convs = self._checked_convs()
         weight1, weight2, weight3 = (conv.masked_weight() for conv in convs)
         bias1, bias2, bias3 = (
             weight.new_zeros(len(weight)) if bias is None else bias
@@ -209,8 +217,9 @@ class MintLayer(TriangularMap):
             )
         )
         t = self.positive_t()
-        self._check_tensors((weight1, bias1, weight2, bias2, weight3, bias3, t))
-        weights = with_centres(weight1, bias1, weight2, bias2, weight3, bias3, t)
+        tensors = (weight1, bias1, weight2, bias2, weight3, bias3, t)
+        self._check_tensors(Weights(*tensors), log_det_dtype(weight1))
+        weights = with_centres(*tensors)
         # |w| = sign(w) w, with the derivative that abs has; in place, for weight2 is new.
         weights.centre2.mul_(
             weights.centre3.detach().sign().unsqueeze(2)
@@ -218,6 +227,17 @@ class MintLayer(TriangularMap):
             * weights.centre2.detach().sign()
         )
         return weights
+
+    def _checked_convs(self) -> list[MaskedConv2d]:
+        """The convolutions, after the hooks by which their weights are computed."""
+        convs = [self.conv1, self.conv2, self.conv3]
+        if self._watching:  # but not hooks that have been removed
+            present = {key for conv in convs for key in conv._forward_pre_hooks}
+            self._watching.intersection_update(present)
+        for number, conv in enumerate(convs, start=1):
+            self._check_conv(f"conv{number}", conv)
+            run_conv_hooks(conv, self._watching, f"'conv{number}' of a MintLayer")
+        return convs
 
     def _check_conv(self, name: str, conv: nn.Module) -> None:
         """Refuse what would be called in vain, or is not of the layer's structure."""
@@ -235,16 +255,18 @@ class MintLayer(TriangularMap):
                 "override masked_weight"
             )
 
-    def _check_tensors(self, tensors: tuple[Tensor, ...]) -> None:
+    def _check_tensors(self, tensors: Weights, dtype_of_t: torch.dtype) -> None:
         """Refuse what does not fit together: kernels that are compiled would read beyond it."""
-        weight1, _, weight2, _, weight3, _, _ = tensors
+        weight1, weight2, weight3 = tensors[0:6:2]
         outer, inner = self.channels, len(weight1)
         shapes = (
             (inner, outer, *weight1.shape[2:]), (inner,), (inner, inner, *weight2.shape[2:]),
             (inner,), (outer, inner, *weight3.shape[2:]), (outer,), self.input_shape,
         )  # fmt: skip
         for name, tensor, shape in zip(_TENSORS, tensors, shapes, strict=True):
-            dtype = log_det_dtype(weight1) if name == "t" else weight1.dtype
+            dtype = dtype_of_t if name == "t" else weight1.dtype
+            if tensor is None:
+                continue
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} of a MintLayer must have shape {shape}, got {tuple(tensor.shape)}"
@@ -270,6 +292,16 @@ class MintLayer(TriangularMap):
 
     def _weights(self) -> MintWeights | FrozenWeights:
         return self._frozen or self.effective_weights()
+
+    def _weights_for(self, x: Tensor) -> MintWeights | Weights | FrozenWeights:
+        """The same, but raw where the kernels that x goes to want it so."""
+        if self._frozen or self._call() is not None or not use_triton(x, self.activation):
+            return self._weights()
+        for conv in (self.conv1, self.conv2, self.conv3):
+            plain = getattr(type(conv), "masked_weight", None) is MaskedConv2d.masked_weight
+            if not plain or "masked_weight" in vars(conv):
+                return self.effective_weights()
+        return self.raw_weights()
 
     def _call(self) -> Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor] | None:
         """How to call the convolutions, if hooks look at them."""
@@ -320,7 +352,7 @@ class MintLayer(TriangularMap):
         if not plain or not use_triton(z, self.activation):
             return super().solve(z, solver, trace=trace, reference=reference)
         assert isinstance(solver, FixedPoint)
-        x, log_det, residuals, iterations = fixed_point(
+        x, log_det, residuals, finish, iterations = fixed_point(
             z,
             self.start(z),
             self._frozen or FrozenWeights(self.effective_weights()),
@@ -329,11 +361,12 @@ class MintLayer(TriangularMap):
             solver.alpha,
             solver.iterations,
             solver.tolerance_for(z.dtype),
+            solver.coarse and not trace,
         )
         # A sample that has stopped keeps its last value in the rows that follow.
         rows = torch.arange(1, solver.iterations + 1, device=z.device)[:, None]
-        traced = residuals.gather(0, rows.minimum(iterations)) if trace else None
-        last = residuals.gather(0, iterations[None])[0]
+        traced = residuals.gather(0, rows.minimum(finish)) if trace else None
+        last = residuals.gather(0, finish[None])[0]
         return Solution(x, -log_det, last, iterations, torch.zeros_like(last).bool(), traced)
 
     def _weights_in(self, dtype: torch.dtype) -> MintWeights:
@@ -382,7 +415,7 @@ class MintLayer(TriangularMap):
         return mint_magnitude(x, self._weights_in(x.dtype), self.activation)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        arguments = (self._weights(), self.activation, *self._structure)
+        arguments = (self._weights_for(x), self.activation, *self._structure)
         y, _, log_det = mint_forward(x, *arguments, self.recompute, self._call())
         return y, log_det  # t > 0 keeps the diagonal from zero
 
@@ -394,7 +427,7 @@ class MintLayer(TriangularMap):
         """
         self.check("x", x, self.input_shape)
         run_weight_hooks(self)
-        return mint_map(x, self._weights(), self.activation, *self._structure, self._call())
+        return mint_map(x, self._weights_for(x), self.activation, *self._structure, self._call())
 
     def extra_repr(self) -> str:
         return (

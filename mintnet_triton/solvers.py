@@ -148,6 +148,8 @@ class FixedPoint(Solver):
             an error contradicts, for the variables before have moved, is opened anew. So nothing
             cycles once what comes before has settled: with enough iterations it converges for
             every Mint layer. Where the slope has no known bound, it changes nothing.
+        coarse: on a GPU, begin in float32 with products in TensorFloat-32, up to a residual of
+            1e-3, and finish without; up to T updates each. A trace has none of it.
 
     Raises:
         ValueError, TypeError: an argument outside its range.
@@ -157,6 +159,7 @@ class FixedPoint(Solver):
     iterations: int = 100
     tolerance: float | None = None
     safeguard: bool = False
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         alpha = check_number("alpha", self.alpha)
@@ -278,9 +281,10 @@ class Auto(Solver):
     """The default: whatever is fast on the device at hand, and the wavefront where that fails.
 
     On a CPU, the wavefront at once: it does less arithmetic than a few iterations of Algorithm 1.
-    On a GPU, Algorithm 1 first, which keeps it busier; x is then judged by a residual in float64,
-    and the samples that have not converged are solved by the wavefront, layer by layer. Maps that
-    have no wavefront are left to Algorithm 1 with its safeguard.
+    On a GPU, Algorithm 1 first, which keeps it busier, and that with coarse products first (see
+    :class:`FixedPoint`); x is then judged by a residual in float64, and the samples that have not
+    converged are solved by the wavefront, layer by layer. Maps that have no wavefront are left to
+    Algorithm 1 with its safeguard.
 
     Args:
         tolerance: as that of :class:`FixedPoint`.
@@ -309,7 +313,7 @@ class Auto(Solver):
         exact = Wavefront(self.tolerance)
         if self._exact_at_once(z):
             return exact.solve(map_, z, trace=trace, reference=reference)
-        first = FixedPoint(iterations=self.ITERATIONS, tolerance=self.tolerance)
+        first = FixedPoint(iterations=self.ITERATIONS, tolerance=self.tolerance, coarse=True)
         solution = map_.solve(z, first, trace=trace, reference=reference)
         residual = map_.exact_residual(solution.x, z).to(z.dtype)
         solution = replace(solution, residual=residual)

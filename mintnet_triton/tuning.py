@@ -63,9 +63,8 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
     operand = configs.operand(compute_dtype(weight), launching.default_precision())
     arch = configs.architecture(weight.device)
     times: dict[configs.Tile, float] = {}
-    width = launching.padded(layer.channels * layer.hidden)
-    present = configs.hidden_tile(arch, operand, layer.channels, layer.hidden, width)
-    for tile in dict.fromkeys([present, *configs.CANDIDATES[operand]]):
+    of_table = configs._table(arch)[operand][0]
+    for tile in dict.fromkeys([of_table, *configs.CANDIDATES[operand]]):
         with configs.using(arch, operand, layer.channels, layer.hidden, tile):
             try:
                 times[tile] = (timer or do_bench_cudagraph)(lambda: _step(layer, x))

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST
+from mintnet_triton.kernels.canvas import padded
 from mintnet_triton.kernels.gpu import configs, inversion, masked_conv, mint_layer, wavefront
 from mintnet_triton.kernels.reference import Structure
 
@@ -57,7 +58,7 @@ class Case(NamedTuple):
     size: int
     batch: int = 16  # so that rows with a number for each sample are aligned
     half: torch.dtype = torch.bfloat16
-    kernels: str = ".*"  # what "<kernel> of <input channels of a colour>" begins with
+    kernels: str = ".*"  # what a kernel's name (see :func:`name`) begins with
     inverse: bool = True
     alone: bool = True  # the convolution, outside a layer
     structure: Structure = Structure("channel", "lower", "elu")
@@ -73,29 +74,35 @@ SCALES = (
 #: for the others, as compiling takes its time: the first scale whole, and tiles that differ most
 CASES = (
     Case(3, 85, 32),
-    Case(48, 5, 8, kernels="middle|hidden_gradient_kernel of 5", inverse=False),
-    Case(1, 45, 28, half=torch.float16, kernels="middle", inverse=False),
+    Case(48, 5, 8, kernels="hidden.* of 5$", inverse=False),
+    Case(1, 45, 28, half=torch.float16, kernels="hidden_kernel of 45", inverse=False),
 )
 
 #: what the mask and the activation make of the kernels, once
 MIRRORED = Case(
-    4, 11, 14, kernels="middle|hidden|weight", inverse=False, alone=False,
+    4, 11, 14, kernels="hidden|weight", inverse=False, alone=False,
     structure=Structure("pixel", "upper", "softplus"),
 )  # fmt: skip
 
 #: for tables that a listed architecture has too: the tiles that take most memory
-GENERIC = Case(3, 85, 32, kernels="middle|weight_gradient", inverse=False)
+GENERIC = Case(3, 85, 32, kernels="hidden_kernel of 85|weight_gradient", inverse=False)
 
 #: where every integer is 1, which Triton compiles into the kernel
 DEGENERATE = Case(1, 1, 1, batch=1)
 
 #: in brief, of the first scale: every kernel once, with the operands that ask most of it
 BRIEF = {
-    "half": "middle_kernel of 85|hidden_gradient_kernel of 85|weight_gradient|output",
-    "tf32": "middle_kernel of 85|weight_gradient",
-    "ieee": "masked_conv_kernel of 1|update|wavefront",
-    "float64": "weight_gradient|update",
+    "half": "hidden.* of 85|weight_gradient|output_kernel of",
+    "tf32": "hidden_kernel of 85|weight_gradient",
+    "ieee": "hidden_kernel of 9|output_kernel, update|wavefront|pack_conv|columns|image",
+    "float64": "weight_gradient|output_kernel, update|pack_kernel|upstream|finish",
 }
+
+#: matrix instructions, as a cubin has them
+MATRIX = r"HGMMA|[DHQ]MMA|UTC\wMMA"
+
+#: a core of sm_90: registers, warps, and bytes of shared memory, of which a block takes some more
+REGISTERS, WARPS, MEMORY, RESERVED = 65536, 64, 228 * 1024, 1024
 
 
 class Driver:
@@ -139,9 +146,8 @@ def compile_all(arch: str, operand: str, brief: bool = False) -> list[Record]:
             if not re.match(case.kernels, name(record)):
                 return
             # Scales share tiles; what differs beside makes no other code, or next to none.
-            ignored = {"SLOTS", "TILE", "OPERAND"}
-            fixed = frozenset((key, constants[key]) for key in constants.keys() - ignored)
-            launched = (kernel, fixed, values.get("units_in") == 1, case is DEGENERATE)
+            fixed = frozenset((key, constants[key]) for key in constants.keys() - {"SHARES"})
+            launched = (name(record), fixed, values.get("units_in") == 1, case is DEGENERATE)
             if launched not in done:
                 done.add(launched)
                 compiled = kernel.warmup(*arguments, grid=grid, **constants)
@@ -164,7 +170,7 @@ def call(case: Case, operand: str) -> None:
     hidden = colours * case.units
     dtype = torch.float64 if operand == "float64" else torch.float32
     layer = mint.MintLayer(colours, size, case.units).to(dtype)
-    weights, structure = layer.effective_weights(), case.structure
+    weights, structure = layer.raw_weights(), case.structure
     x = torch.zeros(batch, colours, size, size, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", case.half, enabled=operand == "half"):
         y, _, log_det = mint_layer.mint_forward(x, weights, structure)
@@ -175,27 +181,38 @@ def call(case: Case, operand: str) -> None:
                 torch.zeros(hidden, hidden, 3, 3, dtype=dtype),
                 None, colours, structure.order, structure.triangle,
             )  # fmt: skip
-    if case.inverse and operand in ("ieee", "float64"):  # an inversion is never rounded
+    if case.inverse and operand != "half":
         with torch.no_grad():
-            packed = mint_layer.pack_layer(weights, dtype)
-            inversion.fixed_point(x, x, packed, structure, 1.0, 1, 1e-5)
-            wavefront.wavefront(x, weights, layer.activation, structure.order, structure.triangle)
+            precision = "tf32" if operand == "tf32" else "ieee"
+            packed = mint_layer.packed(weights, dtype, precision, structure)
+            inversion.fixed_point(x, x, packed, weights, structure, 1.0, 1, 1e-5, precision)
+    if case.inverse and operand in ("ieee", "float64"):  # the wavefront is never rounded
+        effective, order = layer.effective_weights(), (structure.order, structure.triangle)
+        wavefront.wavefront(x, effective, layer.activation, *order)
 
 
 def describe(kernel: Any, case: Case, values: dict[str, Any]) -> Record:
     """Which launch it is."""
+    blocks = [value for key, value in values.items() if key.startswith("BLOCK")]
     return {
-        "kernel": kernel.__name__,
+        "kernel": kernel.__name__ + role(values),
         "layer": [case.colours, case.units, case.size, *case.structure],
-        "units_in": values.get("units_in", values.get("units")),
-        "tile": [values[f"BLOCK_{axis}"] for axis in "MNK"],
+        "units_in": values.get("units_in", values.get("units", values.get("channels"))),
+        "tile": [int(size) for size in (blocks[0] if isinstance(blocks[0], tuple) else blocks)],
         "warps": values["num_warps"],
-        "stages": values["num_stages"],
+        "stages": values.get("num_stages"),
     }
 
 
+def role(values: dict[str, Any]) -> str:
+    """What a kernel is launched for, where it does more than one thing."""
+    if values.get("own") is not None or values.get("shares", "") is None:
+        return ", gradient"
+    return ", update" if "shares" in values and values["z"] is not None else ""
+
+
 def name(record: Record) -> str:
-    """Of a kernel, with the input channels of a colour."""
+    """Of a kernel, with what it does and the input channels of a colour."""
     return f"{record['kernel']} of {record['units_in']}"
 
 
@@ -209,40 +226,92 @@ def measure(compiled: Any) -> Record:
     """What became of it: bytes of shared memory and of a thread's stack, registers, instructions.
 
     ``copies`` are asynchronous copies from global memory to shared memory, ``loads`` those to
-    registers, both by their bytes.
+    registers, both by their bytes. For sm_90 also the ``resident`` warps of a core; ``loops``, the
+    instructions and among them the matrix instructions of each innermost loop; ``serialised``, how
+    often these loops wait for all of Hopper's that they have issued.
     """
     shared = {"shared": compiled.metadata.shared}
-    if "ptx" in compiled.asm:
-        return shared | nvidia_resources(compiled.asm["cubin"]) | nvidia_code(compiled.asm["ptx"])
-    return shared | amd(compiled.asm["amdgcn"])
+    if "ptx" not in compiled.asm:
+        return shared | amd(compiled.asm["amdgcn"])
+    found = shared | nvidia_resources(compiled.asm["cubin"]) | nvidia_code(compiled.asm["ptx"])
+    if compiled.metadata.target.arch == 90:
+        found["resident"] = resident_warps(found, compiled.metadata.num_warps)
+        found |= innermost(disassemble(compiled.asm["cubin"]))
+    return found
+
+
+def resident_warps(record: Record, warps: int) -> int:
+    """How many fit a core at once, in whole blocks."""
+    registers = padded(record["registers"], 8) * 32 * warps
+    blocks = min(REGISTERS // registers, MEMORY // (record["shared"] + RESERVED), WARPS // warps)
+    return int(blocks) * warps
+
+
+class Instruction(NamedTuple):
+    """Of a cubin."""
+
+    at: int
+    name: str
+    rest: str
+
+
+def dump(option: str, cubin: bytes) -> str:
+    """What cuobjdump tells."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: bytes) -> list[Instruction]:
+    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?([\w.]+)([^;]*);"
+    found = re.findall(line, dump("-sass", cubin), re.MULTILINE)
+    return [Instruction(int(at, 16), name, rest) for at, name, rest in found]
+
+
+def loops_of(code: list[Instruction]) -> list[tuple[int, int]]:
+    """Where a branch leads back to, and where it stands."""
+    targets = (
+        (int(target[1], 16), one.at)
+        for one in code
+        if one.name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", one.rest))
+    )
+    return [(start, stop) for start, stop in targets if start < stop]
+
+
+def innermost(code: list[Instruction]) -> Record:
+    """The loops that hold no other, and what they wait for."""
+    loops, serialised = loops_of(code), 0
+    sizes = []
+    for start, stop in loops:
+        if any(start <= a and b <= stop for a, b in loops if (a, b) != (start, stop)):
+            continue
+        body = [one for one in code if start <= one.at <= stop]
+        sizes.append([len(body), sum(bool(re.match(MATRIX, one.name)) for one in body)])
+        issued = False
+        for one in body:
+            if one.name.startswith("HGMMA"):
+                issued = True
+            elif one.name.startswith("WARPGROUP.DEPBAR") and issued:
+                serialised += one.rest.split()[-1] == "0x0"
+                issued = False
+    return {"loops": sizes, "serialised": serialised}
 
 
 def nvidia_resources(cubin: bytes) -> Record:
     """As ptxas allotted them. Registers that it spilled are on the stack."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def dump(option: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        found = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
-        assert found
-        registers, stack = int(found[1]), int(found[2])
-        in_loops = spills_in_loops(dump("-sass")) if stack else 0
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage", cubin))
+    assert found
+    registers, stack = int(found[1]), int(found[2])
+    in_loops = spills_in_loops(disassemble(cubin)) if stack else 0
     return {"registers": registers, "stack": stack, "spills_in_loops": in_loops}
 
 
-def spills_in_loops(sass: str) -> int:
+def spills_in_loops(code: list[Instruction]) -> int:
     """Loads and stores of the stack between a branch back and where it leads."""
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?(\w+)([^;]*);", sass, re.MULTILINE)
-    loops = [
-        (int(target[1], 16), int(at, 16))
-        for at, name, rest in code
-        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", rest))
-    ]
-    spills = [int(at, 16) for at, name, _ in code if name in ("LDL", "STL")]
+    loops = loops_of(code)
+    spills = [one.at for one in code if one.name.startswith(("LDL", "STL"))]
     return sum(any(start <= at <= stop for start, stop in loops) for at in spills)
 
 

@@ -157,6 +157,21 @@ def _check_bands(storage: Tensor, inside: Tensor, span: int) -> None:
     assert bool(intact.all()), "a kernel wrote out of bounds"
 
 
+def _inside(argument: Any, guards: list[tuple[Tensor, Tensor, Tensor]]) -> Any:
+    """An argument of a launch, perhaps a tuple, with guarded copies of its tensors.
+
+    ``guards`` gets each tensor, the storage of its copy, and the copy.
+    """
+    if isinstance(argument, tuple):
+        parts = [_inside(one, guards) for one in argument]
+        return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+    if not isinstance(argument, Tensor):
+        return argument
+    storage, inside = _guard(argument)
+    guards.append((argument, storage, inside))
+    return inside
+
+
 @contextmanager
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Inside, every kernel runs on tensors between bands of NaN, and new tensors hold NaN.
@@ -169,14 +184,13 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def guarded_launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         launched.append(kernel.__name__)
-        pairs = [_guard(one) if isinstance(one, Tensor) else (None, one) for one in arguments]
-        launch(kernel, grid, *(inside for _, inside in pairs), **constants)
-        for original, (storage, inside) in zip(arguments, pairs, strict=True):
-            if storage is not None:
-                span = len(storage) - BAND - int(inside.storage_offset())
-                _check_bands(storage, inside, span)
-                flat = inside.as_strided((span,), (1,))
-                original.as_strided((span,), (1,)).copy_(flat)
+        guards: list[tuple[Tensor, Tensor, Tensor]] = []
+        launch(kernel, grid, *(_inside(one, guards) for one in arguments), **constants)
+        for original, storage, inside in guards:
+            span = len(storage) - BAND - int(inside.storage_offset())
+            _check_bands(storage, inside, span)
+            flat = inside.as_strided((span,), (1,))
+            original.data.as_strided((span,), (1,)).copy_(flat)  # of which autograd need not know
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     # Only this lets torch.empty and its like be filled.

@@ -22,13 +22,17 @@ SHARED = {
     "generic": 64 * 1024,
 }
 
-#: bytes of the stack, outside loops: ptxas spills a few registers to fit one more block on a core
-STACK = 32
+#: bytes of the stack, outside loops: tiles that fit a core twice spill what is held across theirs
+STACK = 640
+
+#: blocks on a core of sm_90, or warps, so that some compute while others wait
+BLOCKS, WARPS = 2, 16
 
 #: bytes of an operand
 SIZES = {"half": 2, "tf32": 4, "ieee": 4, "float64": 8}
 
-TURNED = {("sm_90", "tf32"), ("sm_100", "tf32")}
+#: what the names of kernels that multiply canvases begin with
+CONVOLVING = ("hidden", "output", "weight_gradient")
 
 #: what Triton 3.6 is known to make worse than later ones, and no change here has mended
 OLDEST = {
@@ -74,45 +78,45 @@ def find_problems(record: Record) -> Iterator[str]:
         yield "registers spilled"
     if record["layer"][1] > 1:  # a degenerate layer need only compile
         yield from find_matrix_problems(record)
-        yield from find_load_problems(record)
+        if record["kernel"].startswith(CONVOLVING):
+            yield from find_load_problems(record)
 
 
 def find_matrix_problems(record: Record) -> Iterator[str]:
     """Products are the matrix unit's; NVIDIA's has none of exact float32, AMD's has."""
     arch, operand = record["arch"], record["operand"]
-    if bool(record["matrix"]) != (operand != "ieee" or arch == "gfx942"):
+    multiplies = record["kernel"].startswith((*CONVOLVING, "wavefront"))
+    if bool(record["matrix"]) != (multiplies and (operand != "ieee" or arch == "gfx942")):
         yield "matrix instructions"
     # Hopper's own instruction, which takes 64 rows, is for operands of at most 32 bits.
     rows = record["tile"][1 if record["kernel"] == "weight_gradient_kernel" else 0]
-    hopper = arch == "sm_90" and operand in ("half", "tf32") and rows >= 64
+    hopper = arch == "sm_90" and operand in ("half", "tf32") and multiplies and rows >= 64
     if ("wgmma.mma" in record["matrix"]) != hopper:
         yield "Hopper's matrix instructions"
+    if hopper:
+        if record["resident"] < min(WARPS, BLOCKS * record["warps"]):
+            yield "too few warps on a core"
+        if record["serialised"]:
+            yield "matrix instructions waited for at once"
 
 
 def find_load_problems(record: Record) -> Iterator[str]:
-    """Rows of hidden layers and weights are read 16 bytes at a time, or all that a thread has."""
-    arch, operand, kernel = record["arch"], record["operand"], record["kernel"]
-    block_m, block_n, block_k = record["tile"]
+    """Rows of canvases and weights are read 16 bytes at a time, or all that a thread has."""
+    arch, operand = record["arch"], record["operand"]
+    block_m, block_n, block_k = record["tile"][:3]
     threads = record["warps"] * (64 if arch == "gfx942" else 32)
-
-    def widest(elements: int) -> int:
-        return min(16, elements * SIZES[operand] // int(threads))
-
-    copies, loads = ({int(size) for size in record[kind]} for kind in ("copies", "loads"))
-    if kernel in ("middle_kernel", "hidden_gradient_kernel") and record["units_in"] > 1:
-        # Both operands have such rows. NVIDIA copies 4 bytes or more; AMD's loads are not told
-        # apart from those of biases and the like.
-        expected = {widest(rows * block_k) for rows in (block_m, block_n)}
-        if arch == "gfx942" and not expected <= loads:
-            yield f"no loads of {expected} bytes"
-        if arch != "gfx942" and copies != expected - {1, 2}:
-            yield f"copies not of {expected} bytes"
-    elif kernel != "masked_conv_kernel":  # which reads images in any layout
-        # From Hopper on, TensorFloat-32 is multiplied with pixels side by side: 4 bytes at a time.
-        of_weights = kernel == "weight_gradient_kernel"
-        turned = of_weights and (arch, operand) in TURNED
-        elements = (
-            block_m * max(block_n, block_k) if of_weights else max(block_m, block_n) * block_k
+    if record["kernel"] == "weight_gradient_kernel":
+        # From Hopper on, TensorFloat-32 is multiplied with places side by side: 4 bytes at a time.
+        turned = operand == "tf32" and record["matrix"].keys() & {"wgmma.mma", "tcgen05.mma"}
+        tiles = (
+            {4 // SIZES[operand] * threads} if turned else {block_m * block_n, block_m * block_k}
         )
-        if not turned and widest(elements) not in copies | loads:
-            yield f"no loads of {widest(elements)} bytes"
+    else:
+        tiles = {block_m * block_k, block_n * block_k}
+    expected = {min(16, elements * SIZES[operand] // threads) for elements in tiles}
+    copies, loads = ({int(size) for size in record[kind]} for kind in ("copies", "loads"))
+    # NVIDIA copies 4 bytes or more; AMD's loads are not told apart from those of biases and such.
+    if arch == "gfx942" and not expected <= loads:
+        yield f"no loads of {expected} bytes"
+    if arch != "gfx942" and copies != expected - {1, 2}:
+        yield f"copies not of {expected} bytes"

@@ -1,15 +1,17 @@
 """The convolution kernels against the torch twin, in float64."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mintnet_triton.kernels import reference
-from mintnet_triton.kernels.activation import NAMES, find_activation
+from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.gpu import configs, launching, masked_conv
-from mintnet_triton.kernels.gpu.weights import pack
+from mintnet_triton.kernels.gpu.canvas import TAIL
 from mintnet_triton.ordering import Order, Ordering, Triangle
 from tests import grid
 
@@ -133,42 +135,47 @@ def test_bfloat16(ordering: Any) -> None:
     grid.assert_near("gradient by weight", gradients[1][left], expected[1][left], tolerance)
 
 
-@pytest.mark.parametrize("activation", NAMES)
-@pytest.mark.parametrize("numbers", ["float64", "float32", "float16"])
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_activation_and_bias_per_sample(
-    activation: str, numbers: str, per_sample: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = random_weight(mask(3, 2, 7, 3, ORDERINGS[0]), numbers)
-    x = random(3, 6, 3, 4, numbers=numbers)
-    bias = 3 * random(3, 21) if per_sample else 3 * random(21)
-    bias = bias.to(weight.dtype)
+@pytest.mark.parametrize("layout", grid.LAYOUTS)
+@pytest.mark.parametrize(
+    ("colours", "size"), [(3, (2, 3)), (2, (1, 1)), (17, (3, 2)), (16, (5, 1))]
+)
+@pytest.mark.parametrize(("kernel", "columns"), [(1, False), (3, False), (3, True), (5, True)])
+def test_a_canvas_holds_an_image_and_zeros(
+    colours: int, size: Any, kernel: int, columns: bool, layout: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    x = grid.laid_out(random(3, colours, *size), layout)
     with grid.guarded(monkeypatch):
-        packed = pack(weight, weight.dtype)
-        y = masked_conv.conv_op(x, packed, bias, 2, 3, *ORDERINGS[0], activation)
-    exact = reference.masked_conv2d(x.double(), weight.double(), None, 3, *ORDERINGS[0])
-    exact = exact + bias.double().view(-1, 21, 1, 1)
-    expected = find_activation(activation).function(exact)
-    grid.assert_near("h", y, expected, grid.TOLERANCES[numbers])
+        out, canvas = masked_conv.to_canvas(x, kernel, torch.float64, columns)
+    assert canvas == Canvas(size[0], size[1], kernel // 2)
+    assert out.shape == (canvas.positions(3) + TAIL, out.shape[1])
+    assert out.shape[1] % configs.ALIGN == 0
+    expected = x
+    if columns:
+        expected = F.unfold(x, kernel, padding=kernel // 2).view(3, -1, *size)
+    rest = out.clone()
+    for sample, row, column in product(range(3), *map(range, size)):
+        place = canvas.place(sample, row, column)
+        channels = expected.shape[1]
+        assert torch.equal(out[place, :channels], expected[sample, :, row, column])
+        rest[place, :channels] = 0
+    assert not bool(rest.any())  # nor is any of it NaN
 
 
-@pytest.mark.parametrize("numbers", ["float64", "float32", "float16"])
-def test_channels_beyond_the_outputs_become_zeros(
-    numbers: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("colours", "inputs", "kernel"), [(3, 2, 3), (2, 9, 3), (4, 4, 1)])
+@pytest.mark.parametrize("ordering", ORDERINGS)
+def test_what_the_mask_hides_of_a_weight_is_not_used(
+    colours: int, inputs: int, kernel: int, ordering: Any
 ) -> None:
-    weight = random_weight(mask(3, 2, 7, 3, ORDERINGS[0]), numbers)
-    x = random(2, 6, 3, 4, numbers=numbers)
-    bias = random(21, numbers=numbers)
-    out = x.new_full((2, 40, 3, 4), float("nan"))
-    with grid.guarded(monkeypatch):
-        packed = pack(weight, weight.dtype)
-        masked_conv.run_conv(
-            out, x, packed, bias, 2, 3, *ORDERINGS[0], activation="sigmoid", precision="ieee"
-        )
-    assert bool((out[:, 21:] == 0).all())
-    exact = reference.masked_conv2d(x.double(), weight.double(), None, 3, *ORDERINGS[0])
-    expected = (exact + bias.double().view(-1, 1, 1)).sigmoid()
-    grid.assert_near("h", out[:, :21], expected, grid.TOLERANCES[numbers])
+    left = mask(colours, inputs, 3, kernel, ordering)
+    weight, x = random_weight(left), random(2, colours * inputs, 2, 3)
+    results = []
+    for given in (weight, weight.masked_fill(~left, float("nan"))):
+        x.requires_grad_()
+        y = masked_conv.masked_conv2d(x, given, None, colours, *ordering)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_an_empty_batch() -> None:
@@ -182,15 +189,18 @@ def test_an_empty_batch() -> None:
     assert not bool(gradients[2].any())
 
 
-def test_no_gradient_that_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight(mask(1, 2, 2, 1, ORDERINGS[0]))
-    x = random(1, 2, 2, 2)
-    for wanted, kernel in ((x, "masked_conv_kernel"), (weight, "weight_gradient_kernel")):
+@pytest.mark.parametrize("colours", [2, 16])
+def test_no_gradient_that_is_not_asked_for(colours: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(mask(colours, 1, 1, 1, ORDERINGS[0]))
+    x = random(1, colours, 2, 2)
+    by_x = ["pack_conv_kernel", "columns_kernel", "hidden_kernel", "image_kernel"]
+    by_weight = ["columns_kernel", "columns_kernel", "weight_gradient_kernel"]
+    for wanted, kernels in ((x, by_x), (weight, by_weight)):
         wanted.requires_grad_()
-        y = masked_conv.masked_conv2d(x, weight, None, 1, *ORDERINGS[0])
+        y = masked_conv.masked_conv2d(x, weight, None, colours, *ORDERINGS[0])
         with grid.guarded(monkeypatch) as launched:
             y.sum().backward()
-        assert launched == [kernel]
+        assert launched == kernels
         wanted.requires_grad_(False)
 
 
@@ -205,50 +215,89 @@ def test_hidden_inputs_are_not_read(
     left = mask(colours, units, units, 3, ordering)
     weight = random_weight(left).to(dtype)
     x = random(1, colours * units, 3, 3).to(dtype)
-    packed = pack(weight, dtype)
-    arch = configs.architecture(x.device)
-    tile = configs.hidden_tile(arch, configs.operand(dtype, "ieee"), colours, units, x.shape[1])
+    blocks = hidden_blocks(x, dtype, colours, units, units)
     expected = reference.masked_conv2d(x.double(), weight.double(), None, colours, *ordering)
     poisoned = 0
-    for start in range(0, colours * units, tile.block_n):
-        rows = slice(start, start + tile.block_n)
+    for start in range(0, colours * units, blocks.outputs):
+        rows = slice(start, start + blocks.outputs)
         seen = left[rows].any(0)  # (inputs, 3, 3)
         readable = torch.zeros_like(seen)
-        for row in range(3):
-            for column in range(3):
-                inputs = seen[:, row, column].nonzero()
-                if len(inputs):
-                    low = int(inputs.min()) // tile.block_k * tile.block_k
-                    high = -(-int(inputs.max() + 1) // tile.block_k) * tile.block_k
-                    readable[low:high, row, column] = True
+        for row, column in product(range(3), repeat=2):
+            inputs = seen[:, row, column].nonzero()
+            if len(inputs):
+                low = int(inputs.min()) // blocks.inputs * blocks.inputs
+                high = launching.padded(int(inputs.max()) + 1, blocks.inputs)
+                readable[low:high, row, column] = True
         poisoned += int((~readable).sum())
         y = masked_conv.conv_op(
-            x.masked_fill(~readable, float("nan")),
-            packed, None, units, colours, *ordering, "identity",
-        )  # fmt: skip
+            x.masked_fill(~readable, float("nan")), weight, None, colours, ordering, dtype, False
+        )
         grid.assert_near("centre", y[0, rows, 1, 1], expected[0, rows, 1, 1], 5e-3)
+    assert poisoned > 0
+
+
+def hidden_blocks(
+    x: Tensor, dtype: torch.dtype, colours: int, units: int, units_in: int
+) -> configs.Blocks:
+    """The tile of a 3 x 3 convolution of x."""
+    samples, _, height, width = x.shape
+    return configs.hidden_tile(
+        configs.architecture(x.device), launching.operand(dtype), colours, units, units_in,
+        samples * height * Canvas(height, width, 1).pitch,
+    ).blocks  # fmt: skip
+
+
+@pytest.mark.parametrize("triangle", ["lower", "upper"])
+def test_hidden_columns_are_not_read(triangle: Triangle) -> None:
+    """By columns, too: of few channels in channel order."""
+    colours, units = 12, 21
+    ordering: Any = ("channel", triangle)
+    weight = random_weight(mask(colours, 1, units, 3, ordering), "float32")
+    x = random(1, colours, 2, 3, numbers="float32")
+    blocks = hidden_blocks(x, x.dtype, colours, units, 9)
+    expected = reference.masked_conv2d(x.double(), weight.double(), None, colours, *ordering)
+    poisoned = 0
+    for start in range(0, colours * units, blocks.outputs):
+        rows = slice(start, start + blocks.outputs)
+        first, last = start // units, min(start + blocks.outputs - 1, colours * units - 1) // units
+        low, high = (0, last + 1) if triangle == "lower" else (first, colours)
+        low = low * 9 // blocks.inputs * blocks.inputs
+        high = launching.padded(high * 9, blocks.inputs)
+        unread = [not low < 9 * colour + 9 <= high + 8 for colour in range(colours)]
+        hidden = torch.tensor(unread, device=x.device).view(-1, 1, 1)
+        poisoned += int(hidden.sum())
+        y = masked_conv.conv_op(
+            x.masked_fill(hidden, float("nan")), weight, None, colours, ordering, x.dtype, False
+        )
+        grid.assert_near("y", y[0, rows], expected[0, rows], 1e-5)
     assert poisoned > 0
 
 
 @pytest.mark.parametrize("ordering", ORDERINGS[:2])
 def test_hidden_tiles_of_the_gradient_are_not_computed(ordering: Any) -> None:
-    colours, units, kernel = 3, 40, 1
-    left = mask(colours, units, units, kernel, ordering)
-    x, by_y = random(1, 120, 1, 1, numbers="float32"), random(1, 120, 1, 1, numbers="float32")
-    hidden = x.new_zeros(120, dtype=torch.bool)
-    hidden[80:] = ordering[1] == "lower"
-    hidden[:40] = ordering[1] == "upper"
-    poisoned = x.masked_fill(hidden.view(-1, 1, 1), float("nan"))
-    by_weight = masked_conv.weight_gradient_op(by_y, poisoned, 3, 1, *ordering, torch.float32)
-    # Tiles that hold no unit of the last (first) colour see nothing of it.
+    colours, units = 3, 64
+    channels = colours * units
+    left = mask(colours, units, units, 1, ordering)
+    x, by_y = (random(1, channels, 1, 1, numbers="float32") for _ in range(2))
+    arguments = (colours, 1, ordering, torch.float32)
+    expected = masked_conv.weight_gradient_op(by_y, x, *arguments)
     arch = configs.architecture(x.device)
-    tile = configs.gradient_tile(arch, "ieee", 120, 120)
-    for row in range(0, 120, tile.block_n):
-        for column in range(0, 120, tile.block_k):
-            block = slice(row, row + tile.block_n), slice(column, column + tile.block_k)
-            if not bool(left[block].any()):
-                assert not bool(by_weight[block].any())
-    assert launching.accumulator(torch.float32) == by_weight.dtype
+    blocks = configs.gradient_plan(arch, "ieee", channels, channels, 1, 2).tile.blocks
+    hidden_tiles = 0
+    for row in range(0, channels, blocks.outputs):
+        rows = slice(row, row + blocks.outputs)
+        seen = left[rows].any(0).flatten()
+        for column in range(0, channels, blocks.inputs):
+            columns = slice(column, column + blocks.inputs)
+            if not bool(seen[columns].any()):
+                hidden_tiles += 1
+                assert not bool(expected[rows, columns].any())
+                poisoned = x.clone()
+                poisoned[:, columns] = float("nan")
+                by_weight = masked_conv.weight_gradient_op(by_y, poisoned, *arguments)
+                assert torch.equal(by_weight[rows], expected[rows])
+    assert hidden_tiles > 0
+    assert expected.dtype == launching.accumulator(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -256,10 +305,11 @@ def test_hidden_tiles_of_the_gradient_are_not_computed(ordering: Any) -> None:
     [*((1, ordering) for ordering in ORDERINGS), *((3, ordering) for ordering in ORDERINGS[2:])],
 )
 def test_hidden_taps_of_the_gradient_are_not_computed(colours: int, ordering: Any) -> None:
-    units = 5  # a tile reaches beyond the inputs
+    units = 18 // colours  # not by columns; a tile reaches beyond the inputs
     x, by_y = (random(2, colours * units, 3, 4, numbers="float32") for _ in range(2))
-    seen = mask(colours, units, units, 3, ordering).any(0).any(0)
-    by_weight = masked_conv.weight_gradient_op(by_y, x, colours, 3, *ordering, torch.float32)
-    assert int((~seen).sum()) == 4
+    # Three taps side by side are computed together.
+    seen = mask(colours, units, units, 3, ordering).any(0).any(0).any(1)
+    by_weight = masked_conv.weight_gradient_op(by_y, x, colours, 3, ordering, torch.float32)
+    assert int((~seen).sum()) == 1
     assert bool((by_weight[:, :, ~seen] == 0).all())
     assert bool(by_weight[:, :, seen].flatten(0, 1).any(0).all())

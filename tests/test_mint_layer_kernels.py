@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 import mintnet_triton as mint
-from bench.cases import relative_rms
+from bench.cases import CIFAR10, MNIST, Scale, relative_rms
+from bench.counting import count_launches
 from mintnet_triton.kernels import FrozenWeights, mint_forward
 from mintnet_triton.kernels.activation import NAMES
+from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.gpu import launching, masked_conv, mint_layer
-from mintnet_triton.kernels.gpu.weights import pack
-from mintnet_triton.kernels.reference import join_centres
+from mintnet_triton.kernels.gpu.canvas import TAIL
+from mintnet_triton.kernels.reference import Structure
 from tests import golden, grid
-from tests.test_masked_conv_kernels import ORDERINGS
+from tests.test_masked_conv_kernels import ORDERINGS, mask
 
 
 def affordable(case: grid.Case) -> bool:
@@ -63,9 +65,10 @@ def random(*shape: int, numbers: str = "float64") -> Tensor:
 
 
 def forward(layer: mint.MintLayer, x: Tensor, recompute: bool = False) -> tuple[Tensor, ...]:
+    """As a layer does: the kernels take its parameters as they are, masked nowhere."""
     ordering = layer.conv1.ordering
     structure = (layer.activation, ordering.order, ordering.triangle)
-    return mint_forward(x, layer.effective_weights(), *structure, recompute)
+    return mint_forward(x, layer._weights_for(x), *structure, recompute)
 
 
 def run(
@@ -134,13 +137,16 @@ def test_layer_and_its_gradients(case: grid.Case, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("colours", "units", "kernels", "size", "numbers"),
+    ("colours", "units", "kernels", "size", "ordering", "numbers"),
     [
-        (2, 2, 3, (9, 11), "float64"),  # several tiles to an image, some across two
-        (2, 2, 3, (9, 11), "tf32"),
-        (70, 1, (3, 1, 1), (1, 2), "float32"),  # several tiles of colours
-        (40, 1, (1, 3, 1), (1, 2), "float16"),
-        (3, 85, (1, 1, 3), (1, 2), "float16"),  # of hidden units
+        (2, 2, 3, (9, 11), ORDERINGS[1], "float64"),  # several tiles to an image, some across two
+        (2, 2, 3, (9, 11), ORDERINGS[1], "tf32"),
+        (70, 1, (3, 1, 1), (1, 2), ORDERINGS[1], "float32"),  # several tiles of colours
+        (40, 1, (1, 3, 1), (1, 2), ORDERINGS[1], "float16"),
+        (3, 85, (1, 1, 3), (1, 2), ORDERINGS[1], "float16"),  # of hidden units
+        (2, 40, (3, 1, 3), (1, 2), ORDERINGS[2], "float64"),  # where columns see all colours
+        (2, 40, (3, 1, 3), (2, 1), ORDERINGS[3], "float64"),
+        (17, 4, (3, 1, 3), (1, 2), ORDERINGS[3], "float64"),
     ],
 )
 def test_several_tiles(
@@ -148,15 +154,107 @@ def test_several_tiles(
     units: int,
     kernels: Any,
     size: Any,
+    ordering: Any,
     numbers: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layer = random_layer(colours, units, ("channel", "upper"), kernels, size=size, numbers=numbers)
+    layer = random_layer(colours, units, ordering, kernels, size=size, numbers=numbers)
     x = random(2, colours, *size, numbers=numbers)
     upstream = random_upstream(x)
     with grid.guarded(monkeypatch), grid.precision_of(numbers):
         computed = run(layer, x, upstream)
     assert_all_near(computed, exactly(layer, x, upstream), grid.TOLERANCES[numbers])
+
+
+@pytest.mark.parametrize("ordering", ORDERINGS)
+def test_what_the_mask_hides_of_a_parameter_is_not_used(ordering: Any) -> None:
+    layer = random_layer(2, 3, ordering, (3, 1, 5))
+    x = random(2, 2, 3, 4)
+    upstream = random_upstream(x)
+    expected = run(layer, x, upstream)
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim == 4:
+            outputs, inputs, kernel, _ = parameter.shape
+            hidden = ~mask(2, inputs // 2, outputs // 2, kernel, ordering)
+            assert not bool(expected[name][hidden].any())
+            with torch.no_grad():
+                parameter[hidden] = float("nan")
+    computed = run(layer, x, upstream)
+    for name, value in expected.items():
+        assert torch.equal(computed[name], value), name
+
+
+@pytest.mark.parametrize("ordering", ORDERINGS[:2])
+def test_signs_and_zeros_of_parameters(ordering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A centre without a sign is 0, and has no gradient through it; t is positive, and bounded."""
+    layer = random_layer(2, 4, ordering, (1, 3, 3))
+    with torch.no_grad():
+        layer.conv1.weight[::2, :, 0, 0] = 0
+        layer.conv2.weight[1, :, 1, 1] = layer.conv2.weight[:, 2, 1, 1] = 0
+        layer.conv3.weight[:, 3, 1, 1] = -0.0
+        layer.t[0].neg_()
+        layer.t.view(-1)[:3] = layer.t.new_tensor([0.0, 1e-13, -1e-300])
+    x = random(2, 2, 3, 4)
+    # Where t is nothing, the diagonal may be next to it.
+    upstream = random_upstream(x)
+    upstream[2].zero_()
+    with grid.guarded(monkeypatch):
+        computed = run(layer, x, upstream)
+    assert_all_near(computed, exactly(layer, x, upstream), 1e-12)
+    assert not bool(computed["t"].view(-1)[:3].any())
+
+
+def test_effective_weights_give_what_raw_ones_do() -> None:
+    layer = random_layer(3, 5, kernels=(3, 1, 3))
+    x = random(2, 3, 3, 4)
+    structure = (layer.activation, "channel", "lower")
+    with torch.no_grad(), mint.use_backend("triton"):
+        raw = mint_forward(x, layer.raw_weights(), *structure)
+        effective = mint_forward(x, layer.effective_weights(), *structure)
+        frozen = mint_forward(x, FrozenWeights(layer.effective_weights()), *structure)
+    for one, two, three in zip(raw, effective, frozen, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("missing", [("conv1",), ("conv2", "conv3"), ("conv1", "conv2", "conv3")])
+def test_layers_without_biases(missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(2, 3, kernels=(1, 3, 1))
+    for name in missing:
+        getattr(layer, name).register_parameter("bias", None)
+    x = random(2, 2, 3, 4)
+    upstream = random_upstream(x)
+    with grid.guarded(monkeypatch):
+        computed = run(layer, x, upstream)
+    assert_all_near(computed, exactly(layer, x, upstream), 1e-12)
+
+
+@pytest.mark.parametrize("given", list(product([False, True], repeat=3))[1:], ids=str)
+def test_gradients_from_some_of_the_results(
+    given: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y, the diagonal, log_det; by x and all parameters, by x alone, by one weight alone."""
+    layer = random_layer(2, 3, kernels=(1, 3, 3), size=(2, 3))
+    x = random(3, 2, 2, 3)
+    upstream = [one for one, wanted in zip(random_upstream(x), given, strict=True) if wanted]
+
+    def gradients(backend: str) -> list[Tensor]:
+        found: list[Tensor] = []
+        point = x.clone().requires_grad_()
+        with mint.use_backend(backend), grid.guarded(monkeypatch):
+            every = forward(layer, point)
+            outputs = [one for one, wanted in zip(every, given, strict=True) if wanted]
+            weight = layer.conv1.weight
+            for inputs in ([point, *layer.parameters()], [point], [weight]):
+                found += torch.autograd.grad(
+                    outputs, inputs, upstream, retain_graph=True, materialize_grads=True
+                )
+        return found
+
+    for number, (one, other) in enumerate(
+        zip(gradients("triton"), gradients("torch"), strict=True)
+    ):
+        grid.assert_near(str(number), one, other, 1e-11)
 
 
 @pytest.mark.gpu
@@ -206,13 +304,14 @@ def test_recomputing_keeps_x_alone() -> None:
         return tensor
 
     x = random(2, 3, 3, 4)
+    canvas = torch.Size((Canvas(3, 4, 1).positions(2) + TAIL, 48))
     # By hidden layers, and by x and the diagonal, which have one shape.
     for recompute, hidden, images in ((False, 2, 2), (True, 0, 1)):
         saved.clear()
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with hooks, mint.use_backend("triton"):
             forward(layer, x, recompute)
-        assert saved.count(torch.Size((2, 3, 4, 48))) == hidden
+        assert saved.count(canvas) == hidden
         assert saved.count(x.shape) == images
 
 
@@ -239,26 +338,71 @@ def test_products_of_three_weights_fit_float16(size: float, numbers: str) -> Non
 
 
 @pytest.mark.parametrize("numbers", ["float64", "float16"])
-@pytest.mark.parametrize(("colours", "units"), [(1, 1), (3, 5), (4, 5), (3, 11)])
+@pytest.mark.parametrize(
+    ("colours", "units", "kernels", "size"),
+    [
+        (1, 1, 1, (3, 4)), (3, 5, 3, (3, 4)), (4, 5, (1, 3, 5), (3, 4)), (3, 11, (3, 1, 1), (1, 1)),
+        (18, 1, 3, (2, 1)), (2, 2, (1, 1, 5), (9, 8)),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("activation", ["sigmoid", "elu"])
-def test_padding_channels_are_zero(
-    colours: int, units: int, numbers: str, activation: str, monkeypatch: pytest.MonkeyPatch
+def test_canvases_are_zero_outside_the_images(
+    colours: int, units: int, kernels: Any, size: Any, numbers: str, activation: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Hidden layers, and the gradients by them: in padding channels, between and around images."""
+    layer = random_layer(
+        colours, units, kernels=kernels, activation=activation, size=size, numbers=numbers
+    )
+    x = random(3, colours, *size, numbers=numbers)
+    canvases: list[Tensor] = []
+    launch = launching.launch
+
+    def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        launch(kernel, grid, *arguments, **constants)
+        if kernel.__name__ == "hidden_kernel":
+            canvases.append(arguments[0].clone())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launching, "launch", note)
+        with grid.guarded(monkeypatch):
+            run(layer, x, random_upstream(x))
+    assert len(canvases) == 4  # h1, h2, by a2, by a1
+    hidden = colours * units
+    canvas = Canvas(size[0], size[1], max(layer.raw_weights().kernels) // 2)
+    for one in canvases:
+        assert one.shape[1] % 16 == 0
+        assert len(one) == canvas.positions(3) + TAIL
+        rest = one.clone()
+        for sample, row, column in product(range(3), *map(range, size)):
+            place = canvas.place(sample, row, column)
+            assert bool(one[place, :hidden].any())
+            rest[place, :hidden] = 0
+        assert not bool(rest.any())
+
+
+@pytest.mark.parametrize("numbers", ["float32", "float16"])
+@pytest.mark.parametrize("scale", [*CIFAR10, *MNIST], ids=str)
+def test_a_training_step_is_fourteen_launches(
+    scale: Scale, numbers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = random_layer(colours, units, numbers=numbers)
-    x = random(2, colours, 3, 4, numbers=numbers)
-    structure = ("channel", "lower", activation)
-    with torch.no_grad(), grid.guarded(monkeypatch):
-        weights = layer.effective_weights()
-        packed = mint_layer.pack_layer(weights, x.dtype)
-        y, diagonal, _, h1, h2 = mint_layer.layer_op(x, *packed, *structure)
-        _, by_a1, by_a2 = mint_layer.backward_op(
-            x, h1, h2, y, diagonal, weights.weight1, weights.weight2, weights.weight3,
-            join_centres(weights), weights.t, *structure,
-        )  # fmt: skip
-    for hidden in (h1, h2, by_a1, by_a2):
-        assert hidden.shape[3] > colours * units
-        assert bool((hidden[..., colours * units :] == 0).all())
-        assert bool(hidden[..., : colours * units].any())
+    """At most, of Triton or torch, forward and backward: for each has a cost of its own."""
+    monkeypatch.setattr("mintnet_triton.checks.check_finite", lambda *_: None)  # as on a GPU
+    layer = random_layer(scale.channels, scale.hidden, size=(2, 2), numbers="float32")
+    x = random(2, scale.channels, 2, 2, numbers="float32").requires_grad_()
+    upstream = (torch.ones_like(x), x.new_ones(2))
+
+    def step() -> None:
+        layer.zero_grad()
+        x.grad = None
+        with torch.autocast(grid.DEVICE, torch.float16, enabled=numbers == "float16"):
+            outputs = layer(x)
+        torch.autograd.backward(outputs, upstream)
+
+    with mint.use_backend("triton"):
+        figures = count_launches(step)
+    launches = {name: count for name, count in figures.items() if "launches" in name}
+    assert sum(launches.values()) <= 14, launches
 
 
 def test_an_empty_batch() -> None:
@@ -309,33 +453,33 @@ def test_gradients_are_differentiable_once(power: int) -> None:
             (y.sum() + by_x.square().sum()).backward()
 
 
-def test_operators_are_well_defined() -> None:
-    layer = random_layer(2, 3, kernels=(1, 3, 1), size=(2, 3), numbers="float32")
-    x = random(2, 2, 2, 3, numbers="float32")
-    structure = ("channel", "lower")
-    with torch.no_grad():
-        weights = layer.effective_weights()
-        packed = mint_layer.pack_layer(weights, x.dtype)
-        y, diagonal, _, h1, h2 = mint_layer.layer_op(x, *packed, *structure, "elu")
-        backward = (
-            x, h1, h2, y, diagonal, weights.weight1, weights.weight2, weights.weight3,
-            join_centres(weights), weights.t, *structure, "elu",
-        )  # fmt: skip
-        _, by_a1, by_a2 = mint_layer.backward_op(*backward)
-    conv = (pack(weights.weight1, x.dtype), weights.bias1, 1, 2, *structure, "tanh")
-    by_weights = (x, h1, h2, y, by_a1, by_a2, diagonal, 3, [1, 3, 1], *structure, "elu")
+@pytest.mark.parametrize("colours", [2, 16])
+def test_operators_are_well_defined(colours: int) -> None:
+    layer = random_layer(colours, 3, kernels=(1, 3, 1), size=(2, 3), numbers="float32")
+    layer.conv2.register_parameter("bias", None)
+    x = random(2, colours, 2, 3, numbers="float32")
+    structure, dtype = list(Structure("channel", "lower", "elu")), torch.float32
+    raw = layer.raw_weights()
+    weights = [None if one is None else one.detach() for one in raw]
+    pack = (weights, dtype, "ieee", structure)
+    packed = mint_layer.pack_op(*pack)
+    of_layer = (*packed, weights[1], weights[3], weights[5], [1, 3, 1], structure)
+    y, diagonal, log_det, h1, h2 = mint_layer.layer_op(x, *of_layer)
+    upstream = (y, diagonal, log_det, weights, structure)
+    conv = (weights[0], weights[1], colours, structure[:2], dtype)
     last = torch.channels_last
     for operator, arguments in (
-        (masked_conv.conv_op, (x, *conv)),
-        (masked_conv.conv_op, (x.to(memory_format=last), conv[0], None, *conv[2:])),
-        (masked_conv.weight_gradient_op, (y, x, 2, 1, *structure, torch.float32)),
-        (mint_layer.layer_op, (x, *packed, *structure, "elu")),
-        (mint_layer.layer_op, (x.to(memory_format=last), *packed, *structure, "elu")),
-        (mint_layer.backward_op, backward),
-        (mint_layer.weight_gradients_op, by_weights),
+        (masked_conv.conv_op, (x, *conv, False)),
+        (masked_conv.conv_op, (x.to(memory_format=last), conv[0], None, *conv[2:], False)),
+        (masked_conv.conv_op, (x.repeat(1, 3, 1, 1), conv[0], None, *conv[2:], True)),
+        (masked_conv.weight_gradient_op, (y, x, colours, 1, structure[:2], dtype)),
+        (mint_layer.pack_op, pack),
+        (mint_layer.layer_op, (x, *of_layer)),
+        (mint_layer.layer_op, (x.to(memory_format=last), *of_layer)),
+        (mint_layer.backward_op, (x, diagonal, h1, h2, *upstream, True)),
+        (mint_layer.backward_op, (x, diagonal, h1, h2, None, *upstream[1:], False)),
     ):
-        detached = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
-        torch.library.opcheck(operator, tuple(detached))
+        torch.library.opcheck(operator, arguments)
 
 
 def flow(squeezes: int = 1) -> mint.MintNet:
@@ -400,7 +544,7 @@ def test_autocast(numbers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden: list[torch.dtype] = []
 
     def note(tensor: Tensor) -> Tensor:
-        if tensor.shape == (2, 3, 4, 48):
+        if tensor.shape == (Canvas(3, 4, 1).positions(2) + TAIL, 48):
             hidden.append(tensor.dtype)
         return tensor
 
@@ -487,7 +631,7 @@ def test_an_inversion_never_takes_tensorfloat(monkeypatch: pytest.MonkeyPatch) -
     launch = launching.launch
 
     def record(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-        taken.append(constants["PRECISION"])
+        taken.append(constants.get("PRECISION", "tf32" if constants.get("TF32") else "ieee"))
         launch(kernel, grid, *arguments, **constants)
 
     monkeypatch.setattr(launching, "launch", record)
@@ -520,11 +664,12 @@ def test_frozen_weights_give_gradients_by_the_input_and_are_not_copied() -> None
 def test_what_a_graph_packs_is_kept_by_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         weights = FrozenWeights(random_layer(1, 2).effective_weights())
+    of_layer = (torch.float64, "ieee", Structure("channel", "lower", "elu"))
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        of_graph = weights.packed(torch.float64)
-    kept = weights.packed(torch.float64)
+        of_graph = weights.packed(*of_layer)
+    kept = weights.packed(*of_layer)
     assert kept is not of_graph
-    assert weights.packed(torch.float64) is kept
+    assert weights.packed(*of_layer) is kept
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert weights.packed(torch.float64) is kept
+    assert weights.packed(*of_layer) is kept

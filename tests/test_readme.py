@@ -40,14 +40,6 @@ def test_tables_of_speed_are_those_of_committed_results() -> None:
         assert rows.strip() == report.tables(read(README.parent / file))[heading], heading
 
 
-def test_the_table_of_work_is_that_of_the_kernels() -> None:
-    pytest.importorskip("triton")
-    from bench import work
-
-    result = README.parent / "bench" / "results" / "work.md"
-    assert result.read_text(encoding="utf-8") == work.table() + "\n"
-
-
 @pytest.mark.parametrize("task", ["density", "classify"])
 def test_the_tables_of_experiments_are_of_their_results(task: str) -> None:
     pytest.importorskip("tqdm")

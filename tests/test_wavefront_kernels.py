@@ -128,7 +128,7 @@ def test_a_layer_is_solved(case: grid.Case, monkeypatch: pytest.MonkeyPatch) -> 
         z, _ = layer(x)
     with grid.guarded(monkeypatch) as launched:
         wave = solve(layer, z)
-    assert set(launched) == {"wavefront_kernel"}
+    assert set(launched) == {"pack_conv_kernel", "wavefront_kernel"}
     assert_solved(layer, z, wave)
 
 
@@ -141,14 +141,31 @@ def test_several_tiles_and_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_solved(layer, z, wave)
 
 
+@pytest.mark.parametrize("ordering", [("channel", "upper"), ("pixel", "lower")])
+def test_kernels_of_three_sizes_on_an_odd_image(
+    ordering: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fronts as the widest needs them; colours and units of more than one block."""
+    layer = random_layer(3, 7, ordering, (5, 1, 3), size=(3, 5))
+    z = random(2, 3, 3, 5)
+    with grid.guarded(monkeypatch):
+        wave = solve(layer, z)
+    assert_solved(layer, z, wave)
+
+
 @pytest.mark.parametrize(
-    ("ordering", "numbers"), [*product(ORDERINGS[1:3], ["float64"]), (ORDERINGS[0], "float32")]
+    ("ordering", "units", "numbers"),  # units of less than a tile, and of a whole one
+    [
+        (ORDERINGS[0], 19, "float32"),
+        (ORDERINGS[1], 19, "float64"),
+        (ORDERINGS[2], 16, "float64"),
+    ],
 )
 def test_a_linear_layer_and_its_transpose_are_solved(
-    ordering: Any, numbers: str, monkeypatch: pytest.MonkeyPatch
+    ordering: Any, units: int, numbers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order, triangle = ordering
-    layer = random_layer(2, 19, ordering, (1, 3, 1), "elu", (2, 2), numbers)
+    layer = random_layer(2, units, ordering, (1, 3, 1), "elu", (2, 2), numbers)
     x, right = (random(2, 2, 2, 2, numbers=numbers) for _ in range(2))
     weights = weights_of(layer)
     _, h1, h2 = reference.mint_map(x, weights, layer.activation, order, triangle)

@@ -12,12 +12,13 @@ from mintnet_triton.ordering import Order, Triangle
 
 pytest.importorskip("triton")
 
+from bench import cases
 from mintnet_triton.kernels import work
-from mintnet_triton.kernels.gpu import configs, launching
-from mintnet_triton.kernels.gpu.masked_conv import run_conv
-from mintnet_triton.kernels.gpu.weights import pack
+from mintnet_triton.kernels.canvas import Canvas
+from mintnet_triton.kernels.gpu import configs, launching, masked_conv
 
-CIFAR10 = [(3, 85, 1.25), (12, 21, 1.35), (48, 5, 1.35)]
+#: what the tiles may multiply, of what the mask leaves: wide ones have less to do beside
+CIFAR10 = list(zip(cases.CIFAR10, (1.5, 1.7, 1.7), strict=True))
 
 
 @pytest.mark.parametrize("order", ["channel", "pixel"])
@@ -43,13 +44,15 @@ def products(mask: torch.Tensor, size: tuple[int, int]) -> int:
 @pytest.mark.parametrize("triangle", ["lower", "upper"])
 @pytest.mark.parametrize("operand", configs.OPERANDS)
 @pytest.mark.parametrize("arch", sorted(configs.TABLES))
-@pytest.mark.parametrize(("colours", "units", "bound"), CIFAR10)
+@pytest.mark.parametrize(("scale", "bound"), CIFAR10, ids=str)
 def test_tiles_skip_what_the_mask_hides(
-    colours: int, units: int, bound: float, arch: str, operand: str, triangle: str
+    scale: cases.Scale, bound: float, arch: str, operand: str, triangle: str
 ) -> None:
-    tile = configs.hidden_tile(arch, operand, colours, units, colours * units)
+    colours, units, size = scale
+    places = 32 * size * Canvas(size, size, 1).pitch  # of the paper's batch
+    blocks = configs.hidden_tile(arch, operand, colours, units, units, places).blocks
     structure = (units, units, colours, 3, "channel", triangle)
-    scheduled = work.scheduled(*structure, tile.block_n, tile.block_k)
+    scheduled = work.scheduled(*structure, blocks.outputs, blocks.inputs)
     assert scheduled <= bound * work.exact(*structure)
 
 
@@ -75,29 +78,33 @@ def test_kernels_do_the_scheduled_work(
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
     channels = colours * units
-    x = torch.randn(1, channels, 2, 3)
-    out = torch.empty(1, channels, 2, 3)
-    weight = pack(torch.randn(channels, channels, 3, 3), torch.float32)
-    run_conv(out, x, weight, None, units, colours, order, triangle, "identity", "ieee")
-    tile = configs.hidden_tile(configs.architecture(x.device), "ieee", colours, units, channels)
+    x, weight = torch.randn(1, channels, 2, 3), torch.randn(channels, channels, 3, 3)
+    masked_conv.conv_op(x, weight, None, colours, [order, triangle], torch.float32, False)
+    places = 2 * Canvas(2, 3, 1).pitch
+    blocks = configs.hidden_tile("sm_90", "ieee", colours, units, units, places).blocks
     structure = (units, units, colours, 3, order, triangle)
-    scheduled = work.scheduled(*structure, tile.block_n, tile.block_k)
-    assert done == scheduled * tile.block_m  # six pixels are one tile
+    scheduled = work.scheduled(*structure, blocks.outputs, blocks.inputs)
+    assert done == scheduled * blocks.places  # all places are one tile
 
 
 @pytest.mark.skipif(not backend.INTERPRETED, reason="the interpreter keeps what a kernel declares")
 @pytest.mark.parametrize("half", [False, True])
-def test_kernels_declare_their_work(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    colours, units, size, samples, kernels = 3, 5, (3, 4), 2, (1, 3, 5)
+@pytest.mark.parametrize("kernels", [(1, 3, 5), (3, 1, 3)])
+def test_kernels_declare_their_work(
+    kernels: tuple[int, int, int], half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colours, units, size, samples = 3, 5, (3, 4), 2
     declared = []
     launch = launching.launch
 
     def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        declared.append(kernel.kwargs["launch_metadata"](None, None, values))
-        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert declared[-1]["bytes"] == size
+        metadata = kernel.kwargs.get("launch_metadata")
+        if metadata is not None:
+            declared.append(metadata(None, None, values))
+            tensors = launching.tensors_in(arguments)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            assert declared[-1]["bytes"] == size
         launch(kernel, grid, *arguments, **constants)
 
     monkeypatch.setattr(launching, "launch", note)
@@ -109,19 +116,27 @@ def test_kernels_declare_their_work(half: bool, monkeypatch: pytest.MonkeyPatch)
         (y.sum() + log_det.sum()).backward()
     ordering = mint.Ordering("channel", "upper")
     pairs = [products(ordering.conv_mask(colours, kernel), size) for kernel in kernels]
-    own = colours * units**2 * size[0] * size[1]
+    area = size[0] * size[1]
+    own = colours * units**2 * area
     first, middle, last = units * pairs[0], units**2 * pairs[1], units * pairs[2]
+    # By columns, a colour sees all taps of the colours that it sees.
+    taps, taps_out = kernels[0] ** 2, kernels[2] ** 2
+    columns, columns_out = (6 * taps * units * area for taps in (taps, taps_out))
+    outer = [(f"weight_gradient 3x{taps}->3x5", 2 * columns)]
+    if taps != taps_out:
+        outer = [
+            (f"weight_gradient 3x{taps}->3x5", columns),
+            (f"weight_gradient 3x{taps_out}->3x5", columns_out),
+        ]
     expected = [
-        ("masked_conv 3x1->3x5", first),
-        ("middle 3x5->3x5", middle + own),
+        (f"hidden 3x{taps}->3x5", columns),
+        ("hidden 3x5->3x5", middle + own),
         ("output 3x5->3x1", last),
-        ("hidden_gradient 3x1->3x5", last + own),
-        ("hidden_gradient 3x5->3x5", middle + own),
+        (f"hidden 3x{taps_out}->3x5", columns_out + own),
+        ("hidden 3x5->3x5", middle + own),
         ("output 3x5->3x1", first),
-        ("weight_gradient 3x1->3x5", first),
-        ("weight_gradient 3x5->3x5", middle),
-        ("weight_gradient 3x5->3x1", last),
-        ("weight_gradient 3x5->3x5", own),
+        ("weight_gradient 3x5->3x5", middle + own),
+        *outer,
     ]
     flops = "flops16" if half else "flops32"
     assert [(one["name"], one[flops]) for one in declared] == [

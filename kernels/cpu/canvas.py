@@ -523,13 +523,14 @@ def add_centre_gradient(
 
 
 @compiled
-def backward_groups(  # noqa: PLR0913  # bench/counting.py takes its arguments by their places
-    loops, groups, x, t, kept, by_y, by_diagonal, convs, centres, plans, activation, by_x,
-    by_biases, by_weights, lines,
+def backward_groups(
+    loops, groups, x, t, kept, upstream, convs, centres, plans, activation, by_x, by_biases,
+    by_weights, lines,
 ):  # fmt: skip
     """The gradients of some groups, those by weights and biases added up.
 
     Args:
+        upstream: the gradients by y and by the diagonal, (B, C, H, W).
         convs: the transposed ones, of the last convolution, the middle and the first.
         centres: joined, for the second hidden layer and, transposed, for the first.
         plans: tiles and taps of the gradients by the weights of three convolutions and by the
@@ -538,6 +539,7 @@ def backward_groups(  # noqa: PLR0913  # bench/counting.py takes its arguments b
         by_biases: of both hidden layers, to add to.
         by_weights: four, (outputs, inputs, k, k), to add to; empty if they are not wanted.
     """
+    by_y, by_diagonal = upstream
     colours, hidden = x.shape[1], len(by_biases[0])
     height, length = lines.height, lines.length
     bias = np.zeros(colours, np.float32)
@@ -548,13 +550,13 @@ def backward_groups(  # noqa: PLR0913  # bench/counting.py takes its arguments b
     for g in groups:
         start = g * lines.group
         h1, h2 = kept[0][g], kept[1][g]
-        upstream = new_sheet(colours, lines)
-        put_images(by_y, start, upstream.values, lines)
+        to_y = new_sheet(colours, lines)
+        put_images(by_y, start, to_y.values, lines)
         to_diagonal = np.zeros(height * colours * length, np.float32)
         bare = Lines(height, lines.width, lines.group, 0, lines.pixels, length, length)
         put_images(by_diagonal, start, to_diagonal, bare)
         hidden_gradient(
-            loops, upstream, convs[0], h2, h1, centres[0], to_diagonal, activation, by_a2.values,
+            loops, to_y, convs[0], h2, h1, centres[0], to_diagonal, activation, by_a2.values,
             by_biases[1], lines,
         )  # fmt: skip
         hidden_gradient(
@@ -571,7 +573,7 @@ def backward_groups(  # noqa: PLR0913  # bench/counting.py takes its arguments b
             for plan, left, right, by_weight in (
                 (plans[0], by_a1, images, by_weights[0]),
                 (plans[1], by_a2, sheet_of(h1, hidden, lines), by_weights[1]),
-                (plans[2], upstream, sheet_of(h2, hidden, lines), by_weights[2]),
+                (plans[2], to_y, sheet_of(h2, hidden, lines), by_weights[2]),
             ):
                 add_weight_gradient(loops, plan, left, right, top, bottom, lines, by_weight)
             add_centre_gradient(

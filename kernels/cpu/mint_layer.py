@@ -266,9 +266,8 @@ def _backward(
     def work(part: tuple[Array, list[Array]]) -> None:
         some, own = part
         backward_groups(
-            LOOPS, some, inputs, positive, kept, upstream, to_diagonal,
-            convs, both, plans, NAMES.index(activation), by_x.numpy(), tuple(own[:2]),
-            tuple(own[2:]), lines,
+            LOOPS, some, inputs, positive, kept, (upstream, to_diagonal), convs, both, plans,
+            NAMES.index(activation), by_x.numpy(), tuple(own[:2]), tuple(own[2:]), lines,
         )  # fmt: skip
 
     share(zip(shares, sums, strict=True), work)

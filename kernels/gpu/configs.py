@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mintnet_triton.kernels.work import exact, scheduled
+from mintnet_triton.kernels.canvas import padded
 
 
 class Tile(NamedTuple):
@@ -29,8 +30,49 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-#: most multiply-adds of a tile's schedule, as a multiple of those that the mask leaves
-WASTE = 1.35
+class Blocks(NamedTuple):
+    """What kernels are told of their tile, as one compile-time constant."""
+
+    places: int
+    outputs: int
+    inputs: int
+    #: units of the other hidden layer, whose product with the same tile gives the diagonal
+    own: int = 16
+    #: colours that the outputs of a tile can belong to, rounded up
+    colours: int = 16
+    #: whether rows are whole blocks
+    even: bool = False
+
+
+class Launch(NamedTuple):
+    """One configuration, for channels of one number."""
+
+    blocks: Blocks
+    num_warps: int
+    num_stages: int
+    #: most registers of a thread; None leaves it to the compiler
+    maxnreg: int | None = None
+
+    def grid(self, places: int, outputs: int) -> tuple[int]:
+        return (-(-places // self.blocks.places) * -(-outputs // self.blocks.outputs),)
+
+    def launch(self) -> dict[str, Any]:
+        """The keywords of a launch."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {
+            "BLOCKS": tuple(self.blocks), "num_warps": self.num_warps,
+            "num_stages": self.num_stages, **limit,
+        }  # fmt: skip
+
+
+#: inputs that are few: a convolution of them is bound by memory
+FEW = 128
+#: programs that fill a GPU, and the smallest tile side that is taken for it
+PROGRAMS, SMALLEST = 132, 64
+
+#: the multiple of channels to which rows are padded: in every dtype, one then begins where 16 bytes
+#: can be loaded
+ALIGN = 16
 
 #: kinds of operands: 16-bit floats; float32 in TensorFloat-32 or exactly; float64
 OPERANDS = ("half", "tf32", "ieee", "float64")
@@ -39,8 +81,8 @@ OPERANDS = ("half", "tf32", "ieee", "float64")
 #: An architecture that is not listed takes "generic", which fits 64 KiB of shared memory.
 TABLES: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
     "sm_90": {
-        "half": (Tile(128, 64, 32, 8, 3), Tile(64, 32, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
-        "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 32, 64, 4, 3), Tile(32, 64, 64, 4, 3)),
+        "half": (Tile(256, 128, 64, 16, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 128, 8, 2)),
+        "tf32": (Tile(256, 128, 32, 16, 3), Tile(128, 64, 32, 4, 3), Tile(16, 128, 128, 8, 3)),
         "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(16, 64, 64, 8, 2)),
         "float64": (Tile(64, 32, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(16, 32, 32, 4, 2)),
     },
@@ -113,59 +155,127 @@ def operand(dtype: torch.dtype, precision: str) -> str:
     return "float64" if dtype == torch.float64 else precision
 
 
-def hidden_tile(arch: str, operand: str, colours: int, units: int, inputs: int) -> Tile:
+def hidden_tile(
+    arch: str, operand: str, colours: int, units: int, units_in: int, places: int
+) -> Launch:
     """For convolutions whose outputs are hidden layers (or any other channels by colour)."""
-    tuned = _tuned().get(_key(arch, operand, colours, units))
-    if tuned is not None:
-        return tuned._replace(block_k=_fit(tuned.block_k, inputs))
-    tile = _table(arch)[operand][0]
-    block_n, block_k = _hidden_blocks(tile.block_n, tile.block_k, colours, units)
-    return tile._replace(block_n=block_n, block_k=_fit(block_k, inputs))
+    tile = _tuned().get(_key(arch, operand, colours, units)) or _table(arch)[operand][0]
+    stride, stride_in = padded(units * colours, ALIGN), padded(units_in * colours, ALIGN)
+    widest = _fit(tile.block_n, stride)
+    block_m, block_n = min(
+        product(_halves(tile.block_m), _halves(widest)),
+        key=lambda sides: _clocks(sides[0], sides[1], places, stride),
+    )
+    if units_in != units and stride_in <= FEW:  # few products: what is stored is the work
+        block_m = min(block_m, SMALLEST)
+    warps = tile.num_warps * block_m * block_n // (tile.block_m * tile.block_n)
+    warps = min(max(4, warps), tile.num_warps)  # as many outputs a thread, or fewer
+    tile = Tile(block_m, block_n, tile.block_k, warps, tile.num_stages)
+    return _launch(arch, tile, units, stride_in, stride)
 
 
-@cache
-def _hidden_blocks(widest_n: int, widest_k: int, colours: int, units: int) -> tuple[int, int]:
-    """The largest blocks within WASTE of what the mask leaves of a 3 x 3 kernel, or the nearest."""
-    structure = (units, units, colours, 3, "channel", "lower")
-    widest_n, widest_k = _fit(widest_n, colours * units), _fit(widest_k, colours * units)
-    candidates = [
-        (n, k)
-        for n in (widest_n, widest_n // 2)
-        for k in (widest_k, widest_k // 2)
-        if min(n, k) >= 16
-    ]
-    limit = WASTE * exact(*structure)
-    work = [scheduled(*structure, n, k) for n, k in candidates]
-    within = [blocks for blocks, count in zip(candidates, work, strict=True) if count <= limit]
-    return within[0] if within else candidates[work.index(min(work))]
+def _halves(widest: int) -> list[int]:
+    """What a side of a tile may be."""
+    return [side for side in (widest, widest // 2, widest // 4) if side >= SMALLEST] or [widest]
 
 
-def output_tile(arch: str, operand: str, colours: int, area: int) -> Tile:
-    """For convolutions whose outputs are the colours themselves; no tile spans two images."""
+def _clocks(block_m: int, block_n: int, places: int, outputs: int) -> float:
+    """Of 64 inputs, the clocks that an H100 takes at least: of its matrix units, or of its L2.
+
+    A core multiplies 2048 pairs a clock in bfloat16 and is sent 23 bytes; four fifths of what its
+    taps read of the places are in L1.
+    """
+    tiles = -(-places // block_m) * -(-outputs // block_n)
+    products = -(-tiles // PROGRAMS) * block_m * block_n * 64 / 2048
+    return max(products, tiles / PROGRAMS * (block_m / 5 + block_n) * 128 / 23)
+
+
+def _launch(arch: str, tile: Tile, units: int, stride_in: int, stride: int) -> Launch:
+    inputs, own = _depth(tile.block_k, stride_in), _depth(tile.block_k, stride)
+    even = stride_in % inputs == 0 and stride % own == 0
+    colours = least((tile.block_n - 1) // units + 2)
+    blocks = Blocks(tile.block_m, tile.block_n, inputs, own, colours, even)
+    return Launch(blocks, tile.num_warps, tile.num_stages, _registers(arch, tile.num_warps))
+
+
+def _registers(arch: str, num_warps: int) -> int | None:
+    """So many that two blocks fit a core, or one of 16 warps; loops do not need what is spilled."""
+    return 128 if num_warps >= 8 and arch.startswith("sm_") else None
+
+
+def output_tile(arch: str, operand: str, colours: int, stride: int, places: int) -> Launch:
+    """For convolutions whose outputs are the colours themselves."""
     tile = _table(arch)[operand][1]
-    return tile._replace(block_m=_fit(tile.block_m, area), block_n=_fit(tile.block_n, colours))
+    block_m = tile.block_m
+    while block_m > SMALLEST and -(-places // block_m) < PROGRAMS:
+        block_m //= 2
+    inputs = _depth(tile.block_k, stride)
+    blocks = Blocks(block_m, _fit(tile.block_n, colours), inputs, even=stride % inputs == 0)
+    return Launch(blocks, tile.num_warps, tile.num_stages)
 
 
-def gradient_tile(arch: str, operand: str, inputs: int, outputs: int) -> Tile:
-    """For gradients by the weights."""
+class GradientPlan(NamedTuple):
+    """How a gradient by weights is split."""
+
+    tile: Launch
+    taps: int  # that are written
+    programs: int  # for a part
+    splits: int  # parts of the positions
+    per_split: int
+
+
+def gradient_plan(
+    arch: str, operand: str, inputs: int, outputs: int, kernel: int, positions: int,
+    slopes: bool = False, pairs: int = 1,
+) -> GradientPlan:  # fmt: skip
+    """For gradients by the weights; channels are padded. Parts are to fill a GPU twice over."""
     tile = _table(arch)[operand][2]
-    return tile._replace(block_n=_fit(tile.block_n, outputs), block_k=_fit(tile.block_k, inputs))
+    block_k = _fit(tile.block_k // (2 if kernel == 3 else 1), inputs)
+    block_n = _fit(tile.block_n, outputs)
+    even = outputs % block_n == 0 and inputs % block_k == 0
+    blocks = Blocks(tile.block_m, block_n, block_k, even=even)
+    tiles = -(-outputs // blocks.outputs) * -(-inputs // block_k)
+    groups = kernel if kernel == 3 else kernel**2
+    programs = tiles * (groups + slopes)
+    # A part is never so short that its sum costs more than its products.
+    splits = max(1, min(2 * PROGRAMS // (programs * pairs), positions // (8 * blocks.places)))
+    per_split = padded(-(-positions // splits), blocks.places)
+    registers = _registers(arch, tile.num_warps)
+    launch = Launch(blocks, tile.num_warps, tile.num_stages, registers)
+    return GradientPlan(launch, kernel**2 + slopes, programs, splits, per_split)
 
 
-def wavefront_tile(units: int) -> Tile:
+def copy_blocks(stride: int) -> tuple[int, int]:
+    """Places and channels that a program copies at a time."""
+    return 64, min(64, least(stride))
+
+
+def wavefront_tile(arch: str, units: int, stride: int) -> Launch:
     """For the wavefront: a tile holds all units of a colour, and spills where they are many."""
-    block_n = _least(units)
-    return WAVEFRONT.get(block_n, Tile(16, block_n, 16, 8, 1))
+    block_n = least(units)
+    tile = WAVEFRONT.get(block_n, Tile(16, block_n, 16, 8, 1))
+    own = min(tile.block_k, block_n)
+    blocks = Blocks(tile.block_m, block_n, tile.block_k, own, even=stride % tile.block_k == 0)
+    return Launch(blocks, tile.num_warps, tile.num_stages, _registers(arch, tile.num_warps))
 
 
-def _least(channels: int) -> int:
+def least(channels: int) -> int:
     """The least power of two that holds the channels, from 16 (the least a matrix unit takes)."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
 def _fit(widest: int, channels: int) -> int:
     """The same, but no more than the widest."""
-    return min(widest, _least(channels))
+    return min(widest, least(channels))
+
+
+def _depth(widest: int, channels: int) -> int:
+    """How many inputs to multiply at a time: wide blocks have less to do beside, but may be empty.
+
+    Of all blocks of a row, those that multiply least, counting 16 inputs for what else each does.
+    """
+    depths = [1 << i for i in range(4, widest.bit_length())]
+    return min(depths, key=lambda depth: -(-channels // depth) * (depth + 16))
 
 
 def _key(arch: str, operand: str, colours: int, units: int) -> str:

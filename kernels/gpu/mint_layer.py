@@ -1,417 +1,109 @@
-"""The Mint layer and its gradient.
+"""The Mint layer and its gradient: which kernels run, one after the other, and what they share.
 
-Forward is three kernels: the first masked convolution with its activation; the middle one, which
-also gives the diagonal; the last, which ends the map and the log-determinant.
-
-The diagonal of the Jacobian is ``t + sum_i s2_i v_i`` with ``v_i = sum_j M_ij s1_j``, where s1, s2
-are the slopes of the hidden layers, read off their values, and ``M = D3 D2 D1`` joins the units of
-one colour at one pixel. v is one more product over the tile that the middle convolution reads
-anyway.
-
-Gradients, with g the gradient by the diagonal: a hidden layer h = h(a) whose slopes s multiply the
-product v of the *other* hidden layer's slopes receives ``s (r + g v s')``, where r comes through
-the next convolution and s' is the derivative of the slope by h. The middle and the first hidden
-layer differ only in which layer is the other one, so one kernel serves both.
+Forward: weights are packed, x is copied to a canvas, the two hidden layers follow, and the output.
+Backward: weights are packed transposed; what comes from above is copied; the gradients by the
+hidden layers, by x, and by the weights follow, and their parts are added up.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
+from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.gpu import configs, launching
-from mintnet_triton.kernels.gpu.activation import activate, slope, slope_derivative
-from mintnet_triton.kernels.gpu.masked_conv import (
-    add_conv,
-    add_product,
-    any_running,
-    locate,
-    run_conv,
-    run_weight_gradient,
-    seen_inputs,
-)
-from mintnet_triton.kernels.gpu.weights import (
-    centres_unit,
-    kernel_size,
-    pack,
-    pack_centres,
-    pack_transposed,
-)
-from mintnet_triton.kernels.reference import MintWeights, Structure, join_centres
-from mintnet_triton.kernels.work import Declared
+from mintnet_triton.kernels.gpu.canvas import Image, by_columns, columns_kernel, new_canvas
+from mintnet_triton.kernels.gpu.convolution import Diagonal, hidden_kernel, output_kernel
+from mintnet_triton.kernels.gpu.finish import Parts, finish
+from mintnet_triton.kernels.gpu.gradients import upstream_kernel, weight_gradient_kernel
+from mintnet_triton.kernels.gpu.launching import padded
+from mintnet_triton.kernels.gpu.weights import Packed, empty_packed, pack
+from mintnet_triton.kernels.reference import Structure, Weights
 
 
-@triton.jit
-def add_own_slopes(
-    total,
-    h,
-    offset,
-    valid,
-    stride,
-    centres,  # (outputs, stride), zero between colours
-    n,
-    outputs,
-    units,
-    colours,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``v = centres @ slope(h)`` at some pixels: within a colour, at the pixel itself."""
-    first = tl.minimum(tl.min(n, 0) // units, colours - 1)
-    last = tl.minimum(tl.max(n, 0) // units, colours - 1)
-    low, high = seen_inputs(first, last, units, colours, 0, "own", "lower")
-    return add_product(
-        total,
-        h + offset,
-        valid,
-        1,
-        stride,
-        centres + n * stride,
-        n < outputs,
-        stride,
-        low,
-        high,
-        ACTIVATION,
-        PRECISION,
-        BLOCK_K,
-    )
+class Shape(NamedTuple):
+    """All that a layer's launches depend on, beside the values."""
 
+    samples: int
+    colours: int
+    units: int
+    canvas: Canvas
+    kernels: tuple[int, int, int]
+    dtype: torch.dtype  # of the products
+    precision: str
+    structure: Structure
 
-@triton.jit(
-    do_not_specialize=["samples"],
-    launch_metadata=Declared("middle", units_in="units", units_out="units", own=True),
-)
-def middle_kernel(
-    h2,
-    parts,  # (slots, pixels, colours)
-    h1,
-    weight,
-    bias,
-    centres,
-    unit,  # of the centres: one number in memory, or None
-    residual,
-    tolerance,
-    samples,
-    height,
-    width,
-    stride,  # of a pixel in h1 and h2
-    units,
-    colours,
-    ACTIVATION: tl.constexpr,
-    SKIP: tl.constexpr,
-    KERNEL: tl.constexpr,
-    ORDER: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``h2 = h(conv(h1) + bias)``, and each colour's share of the diagonal, ``sum_i s2_i v_i``.
-
-    A colour may span several tiles; each writes its part of the sum into a slot of its own, counted
-    from the colour's first tile.
-    """
-    outputs = units * colours
-    n_tiles = tl.cdiv(outputs, BLOCK_N)
-    n_tile = tl.program_id(0) % n_tiles
-    pixel = tl.program_id(0) // n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    pixels = samples * height * width
-    valid = pixel < pixels
-    sample, row, column = locate(pixel, height, width)
-    if SKIP:
-        if not any_running(residual, sample, valid, tolerance):
-            return
-    offset = pixel.to(tl.int64) * stride
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    total = add_conv(
-        total, h1, offset, row, column, valid, height, width, width * stride, stride, 1, stride,
-        weight, stride, n, outputs, units, units, colours,
-        KERNEL, ORDER, TRIANGLE, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    v = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    v = add_own_slopes(
-        v, h1, offset, valid, stride, centres, n, outputs, units, colours,
-        ACTIVATION, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    if unit is not None:
-        v *= tl.load(unit)
-    total += tl.load(bias + n, mask=n < outputs, other=0.0).to(ACCUMULATOR)[None, :]
-    h = tl.where((n < outputs)[None, :], activate(total, ACTIVATION), 0.0).to(h2.dtype.element_ty)
-    tl.store(h2 + offset[:, None] + n[None, :], h, mask=valid[:, None] & (n < stride)[None, :])
-    # Of the value stored, so that the backward pass, which reads it, sees the same slope.
-    share = slope(h.to(ACCUMULATOR), ACTIVATION) * v
-    first = tl.min(n, 0) // units
-    last = tl.minimum(tl.max(n, 0) // units, colours - 1)
-    for colour in range(first, last + 1):
-        of_colour = tl.where((n // units == colour)[None, :], share, 0.0)
-        slot = n_tile - colour * units // BLOCK_N
-        tl.store(
-            parts + (slot * tl.cast(pixels, tl.int64) + pixel) * colours + colour,
-            tl.sum(of_colour, 1),
-            mask=valid,
+    @classmethod
+    def of(
+        cls, x: Tensor, hidden: int, kernels: Sequence[int], dtype: torch.dtype, precision: str,
+        structure: Structure,
+    ) -> "Shape":  # fmt: skip
+        samples, colours, height, width = x.shape
+        canvas = Canvas(height, width, max(kernels) // 2)
+        first, middle, last = kernels
+        kernels = (first, middle, last)
+        return cls(
+            samples, colours, hidden // colours, canvas, kernels, dtype, precision, structure
         )
 
+    @property
+    def hidden(self) -> int:
+        return self.units * self.colours
 
-@triton.jit
-def collect_diagonal(
-    parts, t, pixel, valid, pixels, area, n, units, colours,
-    SLOTS: tl.constexpr, TILE: tl.constexpr, ACCUMULATOR: tl.constexpr,
-):  # fmt: skip
-    """``t`` plus the parts of the diagonal, at some pixels and colours n; 1 outside."""
-    inside = valid[:, None] & (n < colours)[None, :]
-    diagonal = tl.load(t + n[None, :] * area + (pixel % area)[:, None], mask=inside, other=1.0).to(
-        ACCUMULATOR
-    )
-    # The tiles, TILE channels wide, that hold units of the colour.
-    spans = ((n + 1) * units - 1) // TILE - n * units // TILE
-    for slot in tl.static_range(SLOTS):
-        diagonal += tl.load(
-            parts + ((slot * tl.cast(pixels, tl.int64) + pixel) * colours)[:, None] + n[None, :],
-            mask=inside & (slot <= spans)[None, :],
-            other=0.0,
-        )
-    return diagonal
+    @property
+    def places(self) -> int:
+        return self.samples * self.canvas.height * self.canvas.pitch
 
+    def side(self, kernel: int) -> tuple[int, int, str]:
+        """How few channels meet a kernel: their units a colour, the taps' kernel, the order."""
+        if by_columns(self.colours):
+            return kernel**2, 1, "dense" if self.structure.order == "pixel" else "channel"
+        return 1, kernel, self.structure.order
 
-@triton.jit(
-    do_not_specialize=["samples"],
-    launch_metadata=Declared("output", units_in="units", units_out=1, own=False),
-)
-def output_kernel(
-    y,  # (samples, colours, height, width)
-    diagonal,  # the same
-    log_det,  # (samples, tiles of a sample)
-    x,
-    h,
-    weight,
-    bias,
-    t,
-    parts,
-    samples,
-    height,
-    width,
-    x_stride_sample,
-    x_stride_row,
-    x_stride_column,
-    x_stride_channel,
-    stride,
-    units,
-    colours,
-    FORWARD: tl.constexpr,
-    SLOTS: tl.constexpr,
-    TILE: tl.constexpr,
-    KERNEL: tl.constexpr,
-    ORDER: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``y = conv(h) + t x``. FORWARD adds the bias, and writes the diagonal and sums of its log.
+    def new_side(self, like: Tensor, kernel: int) -> Tensor:
+        """An empty canvas of few channels."""
+        units, _, _ = self.side(kernel)
+        stride = padded(units * self.colours)
+        return new_canvas(like, self.canvas, self.samples, stride, self.dtype)
 
-    Without FORWARD it is the gradient by x of a layer: then x is the gradient by y, h that by the
-    first hidden layer before its activation.
-    """
-    area = height * width
-    m_tiles = tl.cdiv(area, BLOCK_M)
-    n_tiles = tl.cdiv(colours, BLOCK_N)
-    tile = tl.program_id(0) % (m_tiles * n_tiles)
-    owner = tl.program_id(0) // (m_tiles * n_tiles)  # no tile spans two samples
-    within = tile // n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = within < area
-    inside = valid[:, None] & (n < colours)[None, :]
-    pixel = owner * area + within
-    row, column = within // width, within % width
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    total = add_conv(
-        total, h, pixel.to(tl.int64) * stride, row, column, valid, height, width,
-        width * stride, stride, 1, stride, weight, stride, n, colours, units, 1, colours,
-        KERNEL, ORDER, TRIANGLE, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    x_offset = (
-        owner.to(tl.int64) * x_stride_sample
-        + row.to(tl.int64) * x_stride_row
-        + column.to(tl.int64) * x_stride_column
-    )
-    x_value = tl.load(
-        x + x_offset[:, None] + n[None, :].to(tl.int64) * x_stride_channel, mask=inside, other=0.0
-    ).to(ACCUMULATOR)
-    place = n[None, :] * area + within[:, None]
-    t_value = tl.load(t + place, mask=inside, other=0.0).to(ACCUMULATOR)
-    total += t_value * x_value
-    if FORWARD:
-        total += tl.load(bias + n, mask=n < colours, other=0.0).to(ACCUMULATOR)[None, :]
-        entries = collect_diagonal(
-            parts, t, pixel, valid, samples * area, area, n, units, colours,
-            SLOTS, TILE, ACCUMULATOR,
+    def output_tile(self, like: Tensor) -> configs.Launch:
+        """Of a convolution whose outputs are the colours themselves."""
+        return configs.output_tile(
+            configs.architecture(like.device), self.operand, self.colours, padded(self.hidden),
+            self.places,
         )  # fmt: skip
-        start = owner.to(tl.int64) * colours * area
-        tl.store(diagonal + start + place, entries, mask=inside)
-        logs = tl.where(inside, tl.log(entries), 0.0)
-        tl.store(
-            log_det + owner.to(tl.int64) * (m_tiles * n_tiles) + tile, tl.sum(tl.sum(logs, 1), 0)
-        )
-    tl.store(
-        y + owner.to(tl.int64) * colours * area + place, total.to(y.dtype.element_ty), mask=inside
-    )
 
+    @property
+    def operand(self) -> str:
+        return configs.operand(self.dtype, self.precision)
 
-@triton.jit(
-    do_not_specialize=["samples"],
-    launch_metadata=Declared("hidden_gradient", units_in="units_in", units_out="units", own=True),
-)
-def hidden_gradient_kernel(
-    gradient,  # by this hidden layer before its activation, (pixels, stride)
-    incoming,  # by what the next convolution gives
-    weight,  # of the next convolution, transposed and turned
-    own,  # this hidden layer, (pixels, stride)
-    other,  # the other one
-    centres,
-    unit,  # of the centres: one number in memory, or None
-    diagonal_gradient,  # (pixels, colours)
-    samples,
-    height,
-    width,
-    incoming_stride_sample,
-    incoming_stride_row,
-    incoming_stride_column,
-    incoming_stride_channel,
-    width_in,
-    weights_width,
-    stride,
-    units_in,
-    units,
-    colours,
-    ACTIVATION: tl.constexpr,
-    KERNEL: tl.constexpr,
-    ORDER: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,  # as BLOCK_K, of hidden channels: there may be few incoming ones
-):
-    """``s (conv(incoming) + g v s')``; see the head of this file."""
-    outputs = units * colours
-    n_tiles = tl.cdiv(outputs, BLOCK_N)
-    pixel = tl.program_id(0) // n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = pixel < samples * height * width
-    inside = valid[:, None] & (n < outputs)[None, :]
-    sample, row, column = locate(pixel, height, width)
-    offset = pixel.to(tl.int64) * stride
-    incoming_offset = (
-        sample.to(tl.int64) * incoming_stride_sample
-        + row.to(tl.int64) * incoming_stride_row
-        + column.to(tl.int64) * incoming_stride_column
-    )
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    total = add_conv(
-        total, incoming, incoming_offset, row, column, valid, height, width,
-        incoming_stride_row, incoming_stride_column, incoming_stride_channel, width_in,
-        weight, weights_width, n, outputs, units_in, units, colours,
-        KERNEL, ORDER, TRIANGLE, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    v = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    v = add_own_slopes(
-        v, other, offset, valid, stride, centres, n, outputs, units, colours,
-        ACTIVATION, PRECISION, BLOCK_OWN,
-    )  # fmt: skip
-    if unit is not None:
-        v *= tl.load(unit)
-    place = offset[:, None] + n[None, :]
-    g = tl.load(
-        diagonal_gradient + (pixel.to(tl.int64) * colours)[:, None] + (n // units)[None, :],
-        mask=inside,
-        other=0.0,
-    )
-    # The padding is read too: a mask that ends at a multiple of 16 keeps the loads wide.
-    h = tl.load(own + place, mask=valid[:, None] & (n < stride)[None, :], other=0.0)
-    h = h.to(ACCUMULATOR)
-    total += g * v * slope_derivative(h, ACTIVATION)
-    result = tl.where(inside, total * slope(h, ACTIVATION), 0.0)
-    tl.store(
-        gradient + place,
-        result.to(gradient.dtype.element_ty),
-        mask=valid[:, None] & (n < stride)[None, :],
-    )
+    def new_hidden(self, like: Tensor) -> Tensor:
+        """An empty canvas of a hidden layer."""
+        return new_canvas(like, self.canvas, self.samples, padded(self.hidden), self.dtype)
 
+    def tile(self, like: Tensor, units_in: int) -> configs.Launch:
+        """Of a convolution whose outputs are a hidden layer."""
+        return configs.hidden_tile(
+            configs.architecture(like.device), self.operand, self.colours, self.units, units_in,
+            self.places,
+        )  # fmt: skip
 
-class Packed(NamedTuple):
-    """The weights of a layer as its kernels read them (see :mod:`.weights`)."""
+    def new_logs(self, like: Tensor) -> Tensor:
+        """Empty logarithms of the diagonal (tiles of colours, B, places of a sample)."""
+        tiles = triton.cdiv(self.colours, self.output_tile(like).blocks.outputs)
+        return like.new_empty((tiles, self.samples, self.canvas.height * self.canvas.pitch))
 
-    weight1: Tensor  # (k1 * k1, C * K, padded C)
-    bias1: Tensor  # (C * K,)
-    weight2: Tensor  # (k2 * k2, C * K, S), S = padded C * K
-    bias2: Tensor  # (C * K,)
-    weight3: Tensor  # (k3 * k3, C, S)
-    bias3: Tensor  # (C,)
-    centres: Tensor  # (C * K, S), in their unit
-    t: Tensor  # (C, H, W)
-    unit: Tensor | None  # ()
-
-
-def pack_layer(weights: MintWeights, dtype: torch.dtype) -> Packed:
-    """Pack a layer's weights for products of that dtype."""
-    return pack_parts(*weights[:6], join_centres(weights), weights.t, dtype=dtype)
-
-
-def pack_parts(
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    weight3: Tensor,
-    bias3: Tensor,
-    centres: Tensor,
-    t: Tensor,
-    *,
-    dtype: torch.dtype,
-) -> Packed:
-    """The same, of weights whose centres are joined."""
-    unit = centres_unit(centres, dtype)
-    return Packed(
-        pack(weight1, dtype),
-        bias1.contiguous(),
-        pack(weight2, dtype),
-        bias2.contiguous(),
-        pack(weight3, dtype),
-        bias3.contiguous(),
-        pack_centres(centres, dtype, unit),
-        t.contiguous(),
-        unit,
-    )
-
-
-def as_image(hidden: Tensor) -> Tensor:
-    """A hidden layer (B, H, W, S) seen as (B, S, H, W)."""
-    return hidden.permute(0, 3, 1, 2)
-
-
-def new_hidden(x: Tensor, packed: Packed) -> Tensor:
-    """An empty hidden layer (B, H, W, S)."""
-    batch, _, height, width = x.shape
-    shape = (batch, height, width, packed.weight2.shape[2])
-    return x.new_empty(shape, dtype=packed.weight2.dtype)
-
-
-def middle_tile(packed: Packed, colours: int, precision: str) -> configs.Tile:
-    arch = configs.architecture(packed.t.device)
-    operand = configs.operand(packed.weight2.dtype, precision)
-    outputs, stride = packed.weight2.shape[1:]
-    return configs.hidden_tile(arch, operand, colours, outputs // colours, stride)
+    def constants(self, order: str, transposed: bool = False) -> dict[str, str]:
+        """Those that all kernels have."""
+        triangle = self.structure.triangle
+        return {
+            "ORDER": order,
+            "TRIANGLE": opposite(triangle) if transposed else triangle,
+            "PRECISION": self.precision if self.dtype == torch.float32 else "ieee",
+        }
 
 
 def slots(units: int, colours: int, tile: int) -> int:
@@ -419,260 +111,277 @@ def slots(units: int, colours: int, tile: int) -> int:
     return max(((c + 1) * units - 1) // tile - c * units // tile + 1 for c in range(colours))
 
 
+def run_columns(x: Tensor, shape: Shape) -> Tensor:
+    """x in a canvas, as the first convolution reads it."""
+    out = shape.new_side(x, shape.kernels[0])
+    blocks = configs.copy_blocks(out.shape[1])
+    launching.launch(
+        columns_kernel, (triton.cdiv(shape.places, blocks[0]),),
+        out, Image.of(x), shape.samples, shape.canvas, shape.colours,
+        KERNEL=shape.kernels[0] if by_columns(shape.colours) else 1,
+        PRECISION=shape.constants("")["PRECISION"], BLOCKS=blocks, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def run_hidden(
-    x: Tensor,
-    h1: Tensor,
-    h2: Tensor,
-    packed: Packed,
-    structure: Structure,
-    precision: str,
-    running: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Launch the first two kernels of a layer: fill h1 and h2.
+    x: Tensor, h1: Tensor, h2: Tensor, packed: Packed, biases: tuple[Tensor | None, ...],
+    shape: Shape, running: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch what fills the canvases of h1 and h2.
+
+    Args:
+        running: residuals (B,) and a tolerance (); samples within it are skipped.
 
     Returns:
-        The parts of the diagonal (slots, pixels, C).
+        The shares of the diagonal (slots, places, C).
     """
-    batch, colours, height, width = x.shape
-    order, triangle, activation = structure
-    run_conv(
-        as_image(h1), x, packed.weight1, packed.bias1, 1, colours, order, triangle, activation,
-        precision, running,
-    )  # fmt: skip
-    outputs, stride = packed.weight2.shape[1:]
-    units = outputs // colours
-    tile = middle_tile(packed, colours, precision)
-    pixels = batch * height * width
-    numerics = launching.numerics(packed.weight2.dtype, precision)
-    parts = x.new_empty(
-        (slots(units, colours, tile.block_n), pixels, colours),
-        dtype=launching.accumulator(packed.weight2.dtype),
+    image, slopes = run_columns(x, shape), torch.empty_like(h1)
+    activation = shape.structure.activation
+    units_in, kernel, order = shape.side(shape.kernels[0])
+    first, middle = shape.tile(x, units_in), shape.tile(x, shape.units)
+    width = middle.blocks.outputs
+    shares = packed.t.new_empty(
+        (slots(shape.units, shape.colours, width), shape.places, shape.colours)
     )
-    residual, tolerance = (None, None) if running is None else running
-    launching.launch(
-        middle_kernel,
-        (triton.cdiv(pixels, tile.block_m) * triton.cdiv(outputs, tile.block_n),),
-        h2, parts, h1, packed.weight2, packed.bias2, packed.centres, packed.unit,
-        residual, tolerance, batch, height, width, stride, units, colours,
-        ACTIVATION=activation, SKIP=running is not None, KERNEL=kernel_size(packed.weight2),
-        ORDER=order, TRIANGLE=triangle, **numerics, **launching.blocks(tile),
-    )  # fmt: skip
-    return parts
-
-
-def _layer(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    weight3: Tensor,
-    bias3: Tensor,
-    centres: Tensor,
-    t: Tensor,
-    unit: Tensor | None,
-    order: str,
-    triangle: str,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    packed = Packed(weight1, bias1, weight2, bias2, weight3, bias3, centres, t, unit)
-    structure = Structure(order, triangle, activation)
-    precision = launching.default_precision()
-    y, diagonal, _, h1, h2 = _layer_fake(x, *packed, *structure)
-    parts = run_hidden(x, h1, h2, packed, structure, precision)
-    log_det = run_output(y, diagonal, x, h2, parts, packed, structure, precision)
-    return y, diagonal, log_det, h1, h2
-
-
-def _layer_fake(
-    x: Tensor, *packed_and_structure: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    packed = Packed(*packed_and_structure[:9])
-    contiguous = torch.contiguous_format
-    y = torch.empty_like(x, memory_format=contiguous)
-    diagonal = torch.empty_like(x, dtype=packed.t.dtype, memory_format=contiguous)
-    log_det = x.new_empty(len(x), dtype=packed.t.dtype)
-    return y, diagonal, log_det, new_hidden(x, packed), new_hidden(x, packed)
+    diagonal = Diagonal(slopes, packed.centres, packed.ends, shares)
+    for tile, out, written, inputs, weight, bias, joined, units, k, seen in (
+        (first, h1, slopes, image, packed.weight1, biases[0], Diagonal(), units_in, kernel,
+         order),
+        (middle, h2, None, h1, packed.weight2, biases[1], diagonal, shape.units, shape.kernels[1],
+         shape.structure.order),
+    ):  # fmt: skip
+        launching.launch(
+            hidden_kernel, tile.grid(shape.places, padded(shape.hidden)),
+            out, written, inputs, weight, bias, joined, None, None, *(running or (None, None)),
+            shape.samples, shape.canvas, units, shape.units, shape.colours,
+            ACTIVATION=activation, KERNEL=k, **shape.constants(seen), **tile.launch(),
+        )  # fmt: skip
+    return shares
 
 
 def run_output(
-    y: Tensor,
-    diagonal: Tensor,
-    x: Tensor,
-    h2: Tensor,
-    parts: Tensor,
-    packed: Packed,
-    structure: Structure,
-    precision: str,
-) -> Tensor:
-    """Launch the last kernel of a layer: fill y and the diagonal.
+    y: Tensor, diagonal: Tensor | None, logs: Tensor, x: Tensor, h2: Tensor, shares: Tensor,
+    packed: Packed, bias: Tensor | None, shape: Shape, update: tuple[Tensor, ...] | None = None,
+) -> None:  # fmt: skip
+    """Launch the last kernel of a layer: fill y, the diagonal and its logarithms.
 
-    Returns:
-        The log-determinants (B,).
+    Args:
+        update: z, its scale, two rows of residuals, and alpha and tolerance: y becomes the x of the
+            next iteration.
     """
-    batch, colours, height, width = x.shape
-    outputs, stride = packed.weight2.shape[1:]
-    tile = output_tile(packed.weight3, colours, height * width, precision)
-    tiles = triton.cdiv(height * width, tile.block_m) * triton.cdiv(colours, tile.block_n)
-    logs = diagonal.new_empty((batch, tiles))
+    tile = shape.output_tile(x)
     launching.launch(
-        output_kernel,
-        (batch * tiles,),
-        y, diagonal, logs, x, h2, packed.weight3, packed.bias3, packed.t, parts,
-        batch, height, width, x.stride(0), x.stride(2), x.stride(3), x.stride(1),
-        stride, outputs // colours, colours,
-        FORWARD=True, SLOTS=len(parts), TILE=middle_tile(packed, colours, precision).block_n,
-        KERNEL=kernel_size(packed.weight3), ORDER=structure.order, TRIANGLE=structure.triangle,
-        **launching.numerics(packed.weight3.dtype, precision), **launching.blocks(tile),
+        output_kernel, tile.grid(shape.places, shape.colours),
+        y, diagonal, logs, h2, packed.weight3, bias, packed.t, shares, Image.of(x),
+        *(update or (None,) * 4), shape.samples, shape.canvas, shape.units, shape.colours,
+        SHARES=(len(shares), shape.tile(x, shape.units).blocks.outputs), KERNEL=shape.kernels[2],
+        **shape.constants(shape.structure.order), **tile.launch(),
     )  # fmt: skip
-    return logs.sum(1)
 
 
-def output_tile(weight: Tensor, colours: int, area: int, precision: str) -> configs.Tile:
-    arch = configs.architecture(weight.device)
-    operand = configs.operand(weight.dtype, precision)
-    return configs.output_tile(arch, operand, colours, area)
+def _layer(
+    x: Tensor, weight1: Tensor, weight2: Tensor, weight3: Tensor, centres: Tensor, ends: Tensor,
+    t: Tensor, bias1: Tensor | None, bias2: Tensor | None, bias3: Tensor | None,
+    kernels: Sequence[int], structure: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    packed = Packed(weight1, weight2, weight3, centres, ends, t)
+    shape = Shape.of(
+        x, len(ends), kernels, weight2.dtype, launching.default_precision(), Structure(*structure)
+    )
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    diagonal = t.new_empty(x.shape)
+    h1, h2 = shape.new_hidden(x), shape.new_hidden(x)
+    shares = run_hidden(x, h1, h2, packed, (bias1, bias2), shape)
+    logs = shape.new_logs(t)
+    run_output(y, diagonal, logs, x, h2, shares, packed, bias3, shape)
+    return y, diagonal, logs.sum((0, 2)), h1, h2
+
+
+def _layer_fake(
+    x: Tensor, weight1: Tensor, weight2: Tensor, weight3: Tensor, centres: Tensor, ends: Tensor,
+    t: Tensor, bias1: Tensor | None, bias2: Tensor | None, bias3: Tensor | None,
+    kernels: Sequence[int], structure: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = Shape.of(x, ends.shape[0], kernels, weight2.dtype, "ieee", Structure(*structure))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    log_det = t.new_empty(x.shape[:1])
+    return y, t.new_empty(x.shape), log_det, shape.new_hidden(x), shape.new_hidden(x)
 
 
 def _backward(
-    x: Tensor,
-    h1: Tensor,
-    h2: Tensor,
-    by_y: Tensor,
-    by_diagonal: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    weight3: Tensor,
-    centres: Tensor,
-    t: Tensor,
-    order: str,
-    triangle: str,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, colours, height, width = x.shape
-    stride = h1.shape[3]
-    outputs = weight2.shape[0]
-    units = outputs // colours
+    x: Tensor, diagonal: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor | None,
+    by_diagonal: Tensor | None, by_log_det: Tensor | None, weights: Sequence[Tensor | None],
+    structure: Sequence[str], by_weights: bool,
+) -> list[Tensor]:  # fmt: skip
+    owned = Weights(*weights)  # type: ignore[arg-type]
+    if not len(x):
+        given = [one for one in weights if one is not None] if by_weights else []
+        return [torch.zeros_like(one) for one in (x, *given)]
     precision = launching.default_precision()
-    dtype = h1.dtype
-    back = opposite(triangle)
-    numerics = launching.numerics(dtype, precision)
-    by_x, by_a1, by_a2 = _backward_fake(x, h1)
-    by_pixel = by_diagonal.permute(0, 2, 3, 1).contiguous()
-    unit = centres_unit(centres, dtype)
-    arch, operand = configs.architecture(x.device), configs.operand(dtype, precision)
-    for by_a, incoming, weight, own, other, centre, units_in in (
-        (by_a2, by_y, weight3, h2, h1, centres, 1),
-        (by_a1, as_image(by_a2), weight2, h1, h2, centres.mT, units),
-    ):
-        packed = pack_transposed(weight, dtype)
-        tile = configs.hidden_tile(arch, operand, colours, units, incoming.shape[1])
-        own_tile = configs.hidden_tile(arch, operand, colours, units, stride)
-        pixels = batch * height * width
-        launching.launch(
-            hidden_gradient_kernel,
-            (triton.cdiv(pixels, tile.block_m) * triton.cdiv(outputs, tile.block_n),),
-            by_a, incoming, packed, own, other, pack_centres(centre, dtype, unit), unit, by_pixel,
-            batch, height, width,
-            incoming.stride(0), incoming.stride(2), incoming.stride(3), incoming.stride(1),
-            incoming.shape[1], packed.shape[2], stride, units_in, units, colours,
-            ACTIVATION=activation, KERNEL=kernel_size(packed), ORDER=order, TRIANGLE=back,
-            BLOCK_OWN=own_tile.block_k, **numerics, **launching.blocks(tile),
-        )  # fmt: skip
-    packed = pack_transposed(weight1, dtype)
-    tile = output_tile(packed, colours, height * width, precision)
-    tiles = triton.cdiv(height * width, tile.block_m) * triton.cdiv(colours, tile.block_n)
+    hidden = len(owned.weight1)
+    shape = Shape.of(x, hidden, owned.kernels, h1.dtype, precision, Structure(*structure))
+    packed = pack(owned, shape.structure, h1.dtype, precision, transposed=True)
+    k1, k2, k3 = shape.kernels
+    x_side, y_side = shape.new_side(x, k1), shape.new_side(x, k3)
+    slopes1, slopes2, by_a1, by_a2 = (torch.empty_like(h1) for _ in range(4))
+    g = new_canvas(diagonal, shape.canvas, shape.samples, shape.colours, diagonal.dtype)
+    activation, order = shape.structure.activation, shape.structure.order
+
+    blocks = configs.copy_blocks(max(x_side.shape[1], y_side.shape[1]))
+    tiles = triton.cdiv(shape.places, blocks[0])
+    sums3 = diagonal.new_empty((tiles, shape.colours))
     launching.launch(
-        output_kernel,
-        (batch * tiles,),
-        by_x, None, None, by_y, by_a1, packed, None, t, None, batch, height, width,
-        by_y.stride(0), by_y.stride(2), by_y.stride(3), by_y.stride(1), stride, units, colours,
-        FORWARD=False, SLOTS=0, TILE=0, KERNEL=kernel_size(packed), ORDER=order, TRIANGLE=back,
-        **numerics, **launching.blocks(tile),
+        upstream_kernel, (tiles, 3),
+        x_side, y_side, slopes1, g, packed.largest, sums3,
+        Image.of(x), Image.of(by_y), Image.of(by_diagonal),
+        Image.of(by_log_det), diagonal, h1, h1.numel(), shape.samples, shape.canvas, shape.colours,
+        ACTIVATION=activation, KERNELS=(k1, k3) if by_columns(shape.colours) else (1, 1),
+        PRECISION=shape.constants("")["PRECISION"], COLOURS=configs.least(shape.colours),
+        BLOCKS=blocks, num_warps=4,
     )  # fmt: skip
-    return by_x, by_a1, by_a2
 
+    sums = []
+    side_units, side_kernel, side_order = shape.side(k3)
+    of_h2 = Diagonal(slopes1, packed.centres, packed.ends, by=g, unit=packed.largest)
+    of_h1 = Diagonal(slopes2, packed.turned_centres, packed.turned_ends, unit=packed.largest)
+    for out, written, inputs, weight, joined, own, units, k, seen in (
+        (by_a2, slopes2, y_side, packed.weight3, of_h2, h2, side_units, side_kernel, side_order),
+        (by_a1, None, by_a2, packed.weight2, of_h1, h1, shape.units, k2, order),
+    ):
+        tile = shape.tile(x, units)
+        sums.append(diagonal.new_empty((triton.cdiv(shape.places, tile.blocks.places), hidden)))
+        launching.launch(
+            hidden_kernel, tile.grid(shape.places, padded(hidden)),
+            out, written, inputs, weight, None, joined, own, sums[-1], None, None,
+            shape.samples, shape.canvas, units, shape.units, shape.colours,
+            ACTIVATION=activation, KERNEL=k, **shape.constants(seen, transposed=True),
+            **tile.launch(),
+        )  # fmt: skip
 
-def _backward_fake(x: Tensor, h1: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return by_x, torch.empty_like(h1), torch.empty_like(h1)
-
-
-def _weight_gradients(
-    x: Tensor,
-    h1: Tensor,
-    h2: Tensor,
-    by_y: Tensor,
-    by_a1: Tensor,
-    by_a2: Tensor,
-    by_diagonal: Tensor,
-    units: int,
-    kernels: list[int],
-    order: str,
-    triangle: str,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    colours, dtype = x.shape[1], h1.dtype
-    precision = launching.default_precision()
-    image1, image2 = as_image(h1), as_image(h2)
-    gradients = [
-        run_weight_gradient(
-            gradient, inputs, None, units_out, units_in, colours, kernel, order, triangle, "none",
-            dtype, precision,
-        ).contiguous()
-        for gradient, inputs, units_out, units_in, kernel in (
-            (as_image(by_a1), x, units, 1, kernels[0]),
-            (as_image(by_a2), image1, units, units, kernels[1]),
-            (by_y, image2, 1, units, kernels[2]),
-        )
-    ]  # fmt: skip
-    by_pixel = by_diagonal.permute(0, 2, 3, 1).contiguous()
-    joined = run_weight_gradient(
-        image2, image1, by_pixel, units, units, colours, 1, "own", triangle, activation, dtype,
-        precision,
+    tile = shape.output_tile(x)
+    launching.launch(
+        output_kernel, tile.grid(shape.places, shape.colours),
+        by_x, None, None, by_a1, packed.weight1, None, packed.t, None, Image.of(by_y),
+        None, None, None, None, shape.samples, shape.canvas, shape.units, shape.colours,
+        SHARES=(0, 1), KERNEL=k1, **shape.constants(order, transposed=True), **tile.launch(),
     )  # fmt: skip
-    blocks = joined.reshape(colours, units, colours, units)
-    centres = torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    return gradients[0], gradients[1], gradients[2], centres
+    if not by_weights:
+        return [by_x]
+    middle = run_weight_gradient(by_a2, h1, k2, shape, slopes=(slopes2, slopes1))
+    first, last = _outer_gradients(x_side, y_side, by_a1, h2, shape)
+    parts = Parts(first, middle, last, sums[1], sums[0], sums3, g, packed.largest)
+    gradients = finish(owned, parts, x, by_y, shape.canvas, shape.structure)
+    return [by_x, *(one for one in gradients if one is not None)]
 
 
-def _weight_gradients_fake(
-    x: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor, by_a1: Tensor, by_a2: Tensor,
-    by_diagonal: Tensor, units: int, kernels: list[int], *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    colours = x.shape[1]
-    hidden, dtype = units * colours, launching.accumulator(h1.dtype)
-    shapes = (
-        (hidden, colours, kernels[0], kernels[0]),
-        (hidden, hidden, kernels[1], kernels[1]),
-        (colours, hidden, kernels[2], kernels[2]),
-        (colours, units, units),
+def _outer_gradients(
+    x_side: Tensor, y_side: Tensor, by_a1: Tensor, h2: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """Parts of the gradients by the first weights and, hidden units first, by the last ones."""
+    k1, _, k3 = shape.kernels
+    turned = shape._replace(
+        structure=shape.structure._replace(triangle=opposite(shape.structure.triangle))
     )
-    first, second, third, centres = (x.new_empty(shape, dtype=dtype) for shape in shapes)
-    return first, second, third, centres
+    if k1 != k3:
+        return (
+            run_weight_gradient(by_a1, x_side, k1, shape),
+            run_weight_gradient(h2, y_side, k3, turned),
+        )
+    both = run_weight_gradient(by_a1, x_side, k1, shape, pair=(h2, y_side))
+    return both[0], both[1]
 
 
+def run_weight_gradient(
+    gradient: Tensor, x: Tensor, kernel: int, shape: Shape,
+    slopes: tuple[Tensor, Tensor] | None = None, pair: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Parts of the gradient by weights, (splits, taps, outputs, stride of x).
+
+    Args:
+        slopes: canvases for one more tap; see :func:`.gradients.weight_gradient_kernel`.
+        pair: another gradient and x: then of both, (2, splits, ...).
+    """
+    units, order = shape.units, shape.structure.order
+    if slopes is None:
+        units, kernel, order = shape.side(kernel)
+    pairs = 1 if pair is None else 2
+    plan = configs.gradient_plan(
+        configs.architecture(x.device), shape.operand, x.shape[1], padded(shape.hidden), kernel,
+        shape.samples * shape.canvas.rows * shape.canvas.pitch, slopes is not None, pairs,
+    )  # fmt: skip
+    parts = x.new_empty(
+        (pairs, plan.splits, plan.taps, shape.hidden, x.shape[1]),
+        dtype=launching.accumulator(shape.dtype),
+    )
+    launching.launch(
+        weight_gradient_kernel, (plan.programs, plan.splits, pairs),
+        parts[0], gradient, x, slopes, None if pair is None else (parts[1], *pair),
+        shape.samples, shape.canvas, plan.per_split, shape.units, units, shape.colours,
+        KERNEL=kernel, **shape.constants(order), **plan.tile.launch(),
+    )  # fmt: skip
+    return parts[0] if pair is None else parts
+
+
+def _backward_fake(
+    x: Tensor, diagonal: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor | None,
+    by_diagonal: Tensor | None, by_log_det: Tensor | None, weights: Sequence[Tensor | None],
+    structure: Sequence[str], by_weights: bool,
+) -> list[Tensor]:  # fmt: skip
+    by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    gradients = weights if by_weights else ()
+    return [by_x, *(torch.empty_like(one) for one in gradients if one is not None)]
+
+
+def _pack(
+    weights: Sequence[Tensor | None], dtype: torch.dtype, precision: str, structure: Sequence[str]
+) -> list[Tensor]:
+    owned = Weights(*weights)  # type: ignore[arg-type]
+    packed = pack(owned, Structure(*structure), dtype, precision, transposed=False)
+    return [one for one in packed if one is not None]
+
+
+def _pack_fake(
+    weights: Sequence[Tensor | None], dtype: torch.dtype, precision: str, structure: Sequence[str]
+) -> list[Tensor]:
+    packed = empty_packed(Weights(*weights), dtype, transposed=False)  # type: ignore[arg-type]
+    return [one for one in packed if one is not None]
+
+
+pack_op = register(
+    "mint_layer_pack(Tensor?[] weights, ScalarType dtype, str precision, str[] structure) "
+    "-> Tensor[]",
+    _pack,
+    _pack_fake,
+)
 layer_op = register(
-    "mint_layer(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
-    "Tensor weight3, Tensor bias3, Tensor centres, Tensor t, Tensor? unit, str order, "
-    "str triangle, str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "mint_layer(Tensor x, Tensor weight1, Tensor weight2, Tensor weight3, Tensor centres, "
+    "Tensor ends, Tensor t, Tensor? bias1, Tensor? bias2, Tensor? bias3, int[] kernels, "
+    "str[] structure) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _layer,
     _layer_fake,
 )
 backward_op = register(
-    "mint_layer_backward(Tensor x, Tensor h1, Tensor h2, Tensor by_y, Tensor by_diagonal, "
-    "Tensor weight1, Tensor weight2, Tensor weight3, Tensor centres, Tensor t, str order, "
-    "str triangle, str activation) -> (Tensor, Tensor, Tensor)",
+    "mint_layer_backward(Tensor x, Tensor diagonal, Tensor h1, Tensor h2, Tensor? by_y, "
+    "Tensor? by_diagonal, Tensor? by_log_det, Tensor?[] weights, str[] structure, "
+    "bool by_weights) -> Tensor[]",
     _backward,
     _backward_fake,
 )
-weight_gradients_op = register(
-    "mint_layer_weight_gradients(Tensor x, Tensor h1, Tensor h2, Tensor by_y, Tensor by_a1, "
-    "Tensor by_a2, Tensor by_diagonal, int units, int[] kernels, str order, str triangle, "
-    "str activation) -> (Tensor, Tensor, Tensor, Tensor)",
-    _weight_gradients,
-    _weight_gradients_fake,
-)
+
+
+def packed(weights: Weights, dtype: torch.dtype, precision: str, structure: Structure) -> Packed:
+    """The weights of a layer, packed for products of that dtype."""
+    return Packed(*pack_op(list(weights), dtype, precision, list(structure)))
+
+
+def _evaluate(
+    x: Tensor, weights: Weights, structure: Structure, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    read = packed(weights, dtype, launching.precision_of(dtype), structure)
+    results = layer_op(x, *read[:6], *weights.biases, weights.kernels, list(structure))
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], results)
 
 
 class _MintLayer(torch.autograd.Function):
@@ -680,83 +389,43 @@ class _MintLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        weight3: Tensor,
-        bias3: Tensor,
-        centres: Tensor,
-        t: Tensor,
-        order: str,
-        triangle: str,
-        activation: str,
-        recompute: bool,
+        ctx: Any, x: Tensor, structure: Structure, recompute: bool, *weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = (weight1, bias1, weight2, bias2, weight3, bias3, centres, t)
-        ctx.structure = (order, triangle, activation)
-        ctx.dtype, ctx.recompute = compute_dtype(weight2), recompute
-        packed = pack_parts(*parts, dtype=ctx.dtype)
-        y, diagonal, log_det, h1, h2 = layer_op(x, *packed, *ctx.structure)
-        ctx.save_for_backward(x, *parts, *(() if recompute else (diagonal, h1, h2)))
+        ctx.set_materialize_grads(False)
+        ctx.structure, ctx.recompute = structure, recompute
+        ctx.dtype = compute_dtype(cast(Tensor, weights[2]))
+        y, diagonal, log_det, h1, h2 = _evaluate(x, Weights(*weights), structure, ctx.dtype)  # type: ignore[arg-type]
+        ctx.save_for_backward(x, *weights, *(() if recompute else (diagonal, h1, h2)))
         return y, diagonal, log_det
 
     @staticmethod
     @only_once
     def backward(
-        ctx: Any,
-        saved: tuple[Tensor, ...],
-        by_y: Tensor,
-        by_diagonal: Tensor,
-        by_log_det: Tensor,
+        ctx: Any, saved: tuple[Any, ...], *upstream: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, parts, kept = saved[0], saved[1:9], saved[9:]
-        weight1, bias1, weight2, _, weight3, _, centres, t = parts
+        x, weights, kept = saved[0], list(saved[1:8]), saved[8:]
         if ctx.recompute:
-            packed = pack_parts(*parts, dtype=ctx.dtype)
-            _, diagonal, _, h1, h2 = layer_op(x, *packed, *ctx.structure)
-        else:
-            diagonal, h1, h2 = kept
-        # log_det is the sum of the diagonal's logarithms.
-        by_diagonal = by_diagonal + by_log_det.view(-1, 1, 1, 1) / diagonal
-        by_x, by_a1, by_a2 = backward_op(
-            x, h1, h2, by_y, by_diagonal, weight1, weight2, weight3, centres, t.contiguous(),
-            *ctx.structure,
+            _, diagonal, _, h1, h2 = _evaluate(x, Weights(*weights), ctx.structure, ctx.dtype)
+            kept = diagonal, h1, h2
+        wanted = any(ctx.needs_input_grad[3:])
+        by_x, *by_weights = backward_op(
+            x, *kept, *upstream, weights, list(ctx.structure), wanted
         )  # fmt: skip
-        gradients: list[Tensor | None] = [by_x] + [None] * 8
-        if any(ctx.needs_input_grad[1:8]):
-            by_weights = weight_gradients_op(
-                x, h1, h2, by_y, by_a1, by_a2, by_diagonal, centres.shape[-1],
-                [weight.shape[-1] for weight in (weight1, weight2, weight3)], *ctx.structure,
-            )  # fmt: skip
-            total = t.dtype
-            hidden = len(bias1)
-            gradients[1:8] = [
-                by_weights[0],
-                by_a1.sum((0, 1, 2), dtype=total)[:hidden],
-                by_weights[1],
-                by_a2.sum((0, 1, 2), dtype=total)[:hidden],
-                by_weights[2],
-                by_y.sum((0, 2, 3), dtype=total),
-                by_weights[3],
-            ]
-        if ctx.needs_input_grad[8]:
-            gradients[8] = (by_y * x.to(t.dtype) + by_diagonal).sum(0)
-        return (*gradients, None, None, None, None)
+        given = iter(by_weights)
+        found = (next(given) if wanted and one is not None else None for one in weights)
+        return by_x, None, None, *found
 
 
 def packed_forward(
-    x: Tensor, packed: Packed, structure: Structure
+    x: Tensor, packed: Packed, weights: Weights, structure: Structure
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
-    y, diagonal, log_det, _, _ = layer_op(x, *packed, *structure)
-    return y, diagonal, log_det
+    results = layer_op(x, *packed[:6], *weights.biases, weights.kernels, list(structure))
+    return cast(tuple[Tensor, Tensor, Tensor], results[:3])
 
 
 def mint_forward(
-    x: Tensor, weights: MintWeights, structure: Structure, recompute: bool = False
+    x: Tensor, weights: Weights, structure: Structure, recompute: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`mintnet_triton.kernels.reference.mint_forward`, by the kernels of this room.
 
@@ -767,10 +436,8 @@ def mint_forward(
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
 
     Returns:
-        y (B, C, H, W) in the dtype of x; the diagonal (B, C, H, W) and log_det (B,) in that of t.
+        y (B, C, H, W) in the dtype of x; the diagonal (B, C, H, W) and log_det (B,), never below
+        float32.
     """
-    results = _MintLayer.apply(
-        x, weights.weight1, weights.bias1, weights.weight2, weights.bias2, weights.weight3,
-        weights.bias3, join_centres(weights), weights.t, *structure, recompute,
-    )  # fmt: skip
+    results = _MintLayer.apply(x, structure, recompute, *weights.contiguous())
     return cast(tuple[Tensor, Tensor, Tensor], results)

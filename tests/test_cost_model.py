@@ -80,7 +80,7 @@ def test_some_go_past_the_cache(kinds: tuple[str, ...]) -> None:
     ("registers", "shared", "threads", "blocks"),
     [
         (128, 0, 256, 2),
-        (129, 0, 256, 1),  # rounded to 136
+        (33, 0, 64, 25),  # rounded to 40
         (32, 0, 256, 8),
         (16, 0, 32, 32),
         (32, 112 << 10, 256, 2),  # 113 KB each

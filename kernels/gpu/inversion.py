@@ -1,6 +1,6 @@
-"""Algorithm 1 on a Mint layer, an iteration in three kernels.
+"""Algorithm 1 on a Mint layer, an iteration in four kernels.
 
-Iteration i evaluates f at x_i by the layer's first two kernels; the third, instead of writing
+Iteration i evaluates f at x_i by the layer's own kernels; the last of them, instead of writing
 f(x_i), writes the residual of x_i and ``x_{i+1} = x_i - alpha (f(x_i) - z) / diag``.
 
 The host never waits for a residual. ``residuals`` has a row for each iteration, zero at first; row

@@ -180,7 +180,7 @@ class Launch(NamedTuple):
             manner = DEFAULT._replace(together=len(blocks))
             with patch.object(launches, "Report", Traffic), executed(ARCH, manner, blocks) as made:
                 launching.launch(self.kernel, self.grid, *self.arguments, **self.constants)
-            reports += made  # type: ignore[arg-type]
+            reports += made  # type: ignore[arg-type]  # patched above
         size = CACHE - self.resident * (self.shared + RESERVED)
         from_l2 = sum(one.past + one.missed(self.resident, size) for one in reports)
         sectors = np.unique(np.concatenate([part for one in reports for part in one.touched]))

@@ -4,7 +4,7 @@ Shapes: B samples, C colours, K hidden units per colour, an image of H x W. Hidd
 colour-major: unit k of colour c is channel ``c * K + k``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,6 +34,11 @@ class Weights(NamedTuple):
     bias3: Tensor | None  # (C,)
     t: Tensor  # (C, H, W)
 
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None]) -> "Weights":
+        """Of all seven, in order."""
+        return cls(*tensors)  # type: ignore[arg-type]  # only biases may be None
+
     @property
     def kernels(self) -> tuple[int, int, int]:
         return self.weight1.shape[-1], self.weight2.shape[-1], self.weight3.shape[-1]
@@ -43,7 +48,7 @@ class Weights(NamedTuple):
         return self.bias1, self.bias2, self.bias3
 
     def contiguous(self) -> "Weights":
-        return Weights(*(None if one is None else one.contiguous() for one in self))  # type: ignore[arg-type]
+        return Weights.of(None if one is None else one.contiguous() for one in self)
 
 
 class MintWeights(NamedTuple):

@@ -29,7 +29,7 @@ class Looking(TorchDispatchMode):
     """In the block, whoever wants to know a value is told off: by an error, or by a warning."""
 
     def __init__(self, error: bool = True) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as torch leaves it
         self.error = error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,10 +102,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
 
     def set_mode(mode: int | str) -> None:
         while modes:
-            modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as torch leaves it
         if mode == "warn":
             modes.append(Looking(error=False))
-            modes[-1].__enter__()  # type: ignore[no-untyped-call]
+            modes[-1].__enter__()  # type: ignore[no-untyped-call]  # as torch leaves it
 
     generator = SimpleNamespace(
         clone_state=torch.get_rng_state, graphsafe_set_state=torch.set_rng_state

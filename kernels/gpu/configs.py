@@ -1,8 +1,8 @@
 """Tile sizes of the kernels, per architecture: the one room of numbers that only a clock can judge.
 
-A tile multiplies BLOCK_M pixels, BLOCK_N output channels and BLOCK_K input channels at a time.
-The tables hold the largest ones. A tile computes what *any* of its channels sees, so large blocks
-of channels waste what the mask saves: hidden layers take the largest that waste little enough.
+A tile multiplies BLOCK_M places, BLOCK_N output channels and BLOCK_K input channels at a time. The
+tables hold the largest ones; hidden layers take of their halves those that should take the fewest
+clocks (:func:`_clocks`): large tiles read less, small ones leave fewer cores without work.
 """
 
 import json

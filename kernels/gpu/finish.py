@@ -213,7 +213,7 @@ def finish(
 ) -> Weights:  # fmt: skip
     """Gradients by the weights, each in its dtype."""
     colours = len(weights.t)
-    gradients = Weights(*(None if one is None else torch.empty_like(one) for one in weights))  # type: ignore[arg-type]
+    gradients = Weights.of(None if one is None else torch.empty_like(one) for one in weights)
     hidden = len(weights.weight1)
     most = max(weights.weight2.numel(), weights.t.numel())
     counts = Counts(*(len(part) for part in (*parts[:3], parts.bias1, parts.bias2, parts.bias3)))

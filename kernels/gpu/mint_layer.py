@@ -214,7 +214,7 @@ def _backward(
     by_diagonal: Tensor | None, by_log_det: Tensor | None, weights: Sequence[Tensor | None],
     structure: Sequence[str], by_weights: bool,
 ) -> list[Tensor]:  # fmt: skip
-    owned = Weights(*weights)  # type: ignore[arg-type]
+    owned = Weights.of(weights)
     if not len(x):
         given = [one for one in weights if one is not None] if by_weights else []
         return [torch.zeros_like(one) for one in (x, *given)]
@@ -337,7 +337,7 @@ def _backward_fake(
 def _pack(
     weights: Sequence[Tensor | None], dtype: torch.dtype, precision: str, structure: Sequence[str]
 ) -> list[Tensor]:
-    owned = Weights(*weights)  # type: ignore[arg-type]
+    owned = Weights.of(weights)
     packed = pack(owned, Structure(*structure), dtype, precision, transposed=False)
     return [one for one in packed if one is not None]
 
@@ -345,7 +345,7 @@ def _pack(
 def _pack_fake(
     weights: Sequence[Tensor | None], dtype: torch.dtype, precision: str, structure: Sequence[str]
 ) -> list[Tensor]:
-    packed = empty_packed(Weights(*weights), dtype, transposed=False)  # type: ignore[arg-type]
+    packed = empty_packed(Weights.of(weights), dtype, transposed=False)
     return [one for one in packed if one is not None]
 
 
@@ -394,7 +394,7 @@ class _MintLayer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.structure, ctx.recompute = structure, recompute
         ctx.dtype = compute_dtype(cast(Tensor, weights[2]))
-        y, diagonal, log_det, h1, h2 = _evaluate(x, Weights(*weights), structure, ctx.dtype)  # type: ignore[arg-type]
+        y, diagonal, log_det, h1, h2 = _evaluate(x, Weights.of(weights), structure, ctx.dtype)
         ctx.save_for_backward(x, *weights, *(() if recompute else (diagonal, h1, h2)))
         return y, diagonal, log_det
 
@@ -405,7 +405,7 @@ class _MintLayer(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weights, kept = saved[0], list(saved[1:8]), saved[8:]
         if ctx.recompute:
-            _, diagonal, _, h1, h2 = _evaluate(x, Weights(*weights), ctx.structure, ctx.dtype)
+            _, diagonal, _, h1, h2 = _evaluate(x, Weights.of(weights), ctx.structure, ctx.dtype)
             kept = diagonal, h1, h2
         wanted = any(ctx.needs_input_grad[3:])
         by_x, *by_weights = backward_op(

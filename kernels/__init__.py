@@ -13,6 +13,7 @@ from mintnet_triton.kernels.activation import Activation, find_activation
 from mintnet_triton.kernels.backend import (
     BackendError,
     full_float32,
+    is_capturing,
     is_exported,
     is_transformed,
     use_backend,
@@ -42,6 +43,7 @@ __all__ = [
     "find_activation",
     "fixed_point",
     "full_float32",
+    "is_capturing",
     "is_exported",
     "is_transformed",
     "masked_conv2d",

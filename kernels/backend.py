@@ -253,6 +253,11 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
+def is_capturing(x: Tensor) -> bool:
+    """Whether what is done on the device of x goes into a CUDA graph, so that nobody may wait."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func, or forward differentiation, is under way."""
     if torch.compiler.is_compiling():

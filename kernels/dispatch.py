@@ -11,6 +11,7 @@ from mintnet_triton.kernels import fronts, reference
 from mintnet_triton.kernels.activation import Activation
 from mintnet_triton.kernels.backend import (
     TRITON_INSTALLED,
+    is_capturing,
     use_float32,
     use_numba,
     use_numba_layer,
@@ -70,9 +71,7 @@ class FrozenWeights:
         """The weights as the kernels read them, for products of that dtype and precision."""
         t = self.weights.t
         # A graph neither waits for what is outside it, nor has anything for others in its memory.
-        in_graph = torch.compiler.is_compiling() or (
-            t.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
+        in_graph = torch.compiler.is_compiling() or is_capturing(t)
         key = dtype, precision
         if key in self._packed:
             packed, ready = self._packed[key]
@@ -212,8 +211,9 @@ def mint_forward(
     return y, diagonal, diagonal.log().flatten(1).sum(1)
 
 
-#: residual to which coarse products bring a sample: about their rounding
-COARSE = 1e-3
+#: residual to which coarse products bring a sample, about their rounding; and the largest quotient
+#: of a residual and the one before, above which only rounding is left
+COARSE, GAIN = 1e-4, 0.5
 
 
 def fixed_point(
@@ -231,7 +231,7 @@ def fixed_point(
     """Algorithm 1 on a Mint layer, where :func:`use_triton` says yes.
 
     Args:
-        coarse: begin with products in TensorFloat-32, for float32, and finish without.
+        coarse: for float32, begin with products in float16, and finish without.
 
     Returns:
         As :class:`.inversion.Iterated`, of the finish; and the iterations of both.
@@ -240,11 +240,12 @@ def fixed_point(
     arguments = (as_weights(weights.weights), structure, alpha, iterations)
     steps: Tensor | int = 0
     if coarse and z.dtype == torch.float32:
-        packed = weights.packed(z.dtype, "tf32", structure)
+        packed = weights.packed(torch.float16, "ieee", structure)
         limit = max(tolerance, COARSE)
-        begun = triton_inversion.fixed_point(z, start, packed, *arguments, limit, "tf32")
+        begun = triton_inversion.fixed_point(z, start, packed, *arguments, limit, GAIN)
         # What went astray begins anew.
-        found = begun.residuals.gather(0, begun.iterations[None])[0] <= limit
+        last = begun.residuals.gather(0, begun.iterations[None])[0]
+        found = last <= begun.residuals[0]
         start = torch.where(found.view(-1, 1, 1, 1), begun.x, start)
         steps = begun.iterations
     packed = weights.packed(z.dtype, "ieee", structure)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from mintnet_triton.kernels import is_capturing
+
 _UNREAD = ContextVar("unread", default=False)
 
 
@@ -93,7 +95,7 @@ def _autocast_takes(x: Tensor, like: Tensor) -> bool:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether values are not known: in a graph, a transform of ``torch.func``, or a fake tensor.
+    """Whether values are not known: in a graph (CUDA's, too), in ``torch.func``, or when faked.
 
     Nor are they where :func:`unread` says so.
     """
@@ -104,6 +106,7 @@ def is_traced(x: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or bool(torch._C._functorch.peek_interpreter_stack())
         or (_UNREAD.get() and x.device.type != "cpu")
+        or is_capturing(x)
     )
 
 

@@ -285,7 +285,8 @@ def invert(
 
     Never runs below float32: half-precision z and parameters are taken to float32 first, and
     autocast and TensorFloat-32 are off inside. The wavefront runs in float64, through all layers,
-    and x is rounded at the end. Not differentiable; ``module.inverse`` is.
+    and x is rounded at the end. Not differentiable; ``module.inverse`` is. Under ``FixedPoint`` a
+    CUDA graph may capture it; nobody looks at z then: if it is not finite, it has not converged.
 
     Args:
         module: what to invert.

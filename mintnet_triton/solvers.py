@@ -148,8 +148,9 @@ class FixedPoint(Solver):
             an error contradicts, for the variables before have moved, is opened anew. So nothing
             cycles once what comes before has settled: with enough iterations it converges for
             every Mint layer. Where the slope has no known bound, it changes nothing.
-        coarse: on a GPU, begin in float32 with products in TensorFloat-32, up to a residual of
-            1e-3, and finish without; up to T updates each. A trace has none of it.
+        coarse: on a GPU, begin with products in float16 where z is float32, up to a residual of
+            1e-4 or until an update does not halve it, and finish without; up to T updates each. A
+            trace has none of it.
 
     Raises:
         ValueError, TypeError: an argument outside its range.

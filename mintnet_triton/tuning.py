@@ -63,7 +63,7 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
     operand = configs.operand(compute_dtype(weight), launching.default_precision())
     arch = configs.architecture(weight.device)
     times: dict[configs.Tile, float] = {}
-    of_table = configs._table(arch)[operand][0]
+    of_table = configs.table(arch)[operand][0]
     for tile in dict.fromkeys([of_table, *configs.CANDIDATES[operand]]):
         with configs.using(arch, operand, layer.channels, layer.hidden, tile):
             try:

@@ -242,6 +242,21 @@ def test_graph_of_inversion(scale: Scale) -> None:
         assert torch.equal(computed, expected)
 
 
+@torch.no_grad()
+def test_graph_of_the_inversion_of_a_network() -> None:
+    net = mint.MintNet(3, 16, pairs=3, hidden=16, squeezes=1).to(DEVICE)
+    solver = mint.FixedPoint(iterations=20, coarse=True)
+    z, other = torch.randn(2, 8, *net.latent_shape, device=DEVICE)
+    with mint.use_backend("triton"):
+        graph, result = capture(lambda: mint.invert(net, z, solver))
+        z.copy_(other)
+        graph.replay()
+        expected = mint.invert(net, other, solver)
+    assert bool(expected.converged.all())
+    assert torch.equal(result.x, expected.x)
+    assert torch.equal(result.residual, expected.residual)
+
+
 def test_another_stream() -> None:
     layer = make_layer(CIFAR10[1]).to(DEVICE)
     x, upstream = inputs(CIFAR10[1], torch.float32)

@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 import mintnet_triton as mint
+from mintnet_triton import checks
+from mintnet_triton.kernels import dispatch
 from mintnet_triton.kernels.activation import NAMES
-from mintnet_triton.kernels.gpu import inversion, mint_layer
+from mintnet_triton.kernels.gpu import inversion, launching, mint_layer
 from mintnet_triton.kernels.reference import Structure
 from tests import grid
+from tests.recording import Looking
 from tests.test_masked_conv_kernels import ORDERINGS
 from tests.test_mint_layer_kernels import affordable, flow, forward, random, random_layer
 
@@ -266,6 +270,79 @@ def test_a_network_is_inverted_as_in_torch(monkeypatch: pytest.MonkeyPatch) -> N
     assert bool(result.converged.all())
     assert_same(result, invert(net, z, solver, "torch"))
     torch.testing.assert_close(result.x, x, rtol=1e-2, atol=1e-2)
+
+
+def test_products_in_float16_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They leave little to be done in float32, which solves all that it would solve alone."""
+    layer = contracting(3, 5, size=(3, 4), numbers="float32")
+    x = random(4, 3, 3, 4, numbers="float32")
+    x[1] *= 1e6  # beyond float16: it begins anew
+    with torch.no_grad(), mint.use_backend("torch"):
+        z = layer.double()(x.double())[0].to(x)
+    layer.float()
+    called = []
+
+    def record(z: Tensor, start: Tensor, packed: Any, *arguments: Any) -> inversion.Iterated:
+        called.append((packed.weight2.dtype, inverted(z, start, packed, *arguments)))
+        return called[-1][1]
+
+    inverted = inversion.fixed_point
+    monkeypatch.setattr(inversion, "fixed_point", record)
+    with grid.guarded(monkeypatch), mint.use_backend("triton"):
+        result = mint.invert(layer, z, mint.FixedPoint(iterations=40, coarse=True))
+        alone = mint.invert(layer, z, mint.FixedPoint(iterations=40))
+    dtypes, (coarse, fine, other) = zip(*called, strict=True)
+    assert dtypes == (torch.float16, torch.float32, torch.float32)
+    assert bool(alone.converged.all())
+    assert bool(result.converged.all())
+    assert torch.equal(result.iterations, coarse.iterations + fine.iterations)
+    assert coarse.iterations[1] == 0
+    assert not coarse.residuals[0, 1].isfinite()
+    assert torch.equal(fine.x[1], other.x[1])
+    ordinary = torch.tensor([0, 2, 3], device=z.device)
+    assert bool((fine.iterations[ordinary] <= 2).all())
+    assert bool((fine.iterations[ordinary] < other.iterations[ordinary]).all())
+    torch.testing.assert_close(result.x, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("gain", [0.5, 1e-3])
+def test_a_sample_stops_that_gains_too_little(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = contracting(2, 3, size=(2, 3))
+    z = random(3, 2, 2, 3)
+    weights, structure = layer.raw_weights(), Structure("channel", "lower", "elu")
+    with torch.no_grad(), grid.guarded(monkeypatch):
+        packed = mint_layer.packed(weights, z.dtype, "ieee", structure)
+        found = inversion.fixed_point(z, z, packed, weights, structure, 0.3, 30, 0.0, gain)
+        free = inversion.fixed_point(z, z, packed, weights, structure, 0.3, 30, 0.0)
+    for sample, (one, other) in enumerate(zip(found.residuals.T, free.residuals.T, strict=True)):
+        last = int(found.iterations[sample])
+        assert 0 < last < 30
+        assert bool((one[1:last] <= gain * one[: last - 1]).all())
+        assert one[last] > gain * one[last - 1]
+        assert torch.equal(one[: last + 1], other[: last + 1])
+        assert bool((one[last + 1 :] == 0).all())
+
+
+def test_a_graph_may_capture_an_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at a value, whatever z is."""
+    net, solver = flow(0), mint.FixedPoint(iterations=inversion.STRIDE, coarse=True)
+    net.float()
+    z = random(2, *net.latent_shape, numbers="float32")
+    expected = invert(net, z, solver)
+    for module in (inversion, dispatch, checks):
+        monkeypatch.setattr(module, "is_capturing", lambda x: True)
+    z = torch.stack([z[0], z[1] * torch.nan])
+
+    def launch(*arguments: Any, **constants: Any) -> None:
+        with _disable_current_modes():  # the interpreter looks
+            launched(*arguments, **constants)
+
+    launched = launching.launch
+    monkeypatch.setattr(launching, "launch", launch)
+    with mint.use_backend("triton"), Looking():
+        result = mint.invert(net, z, solver)
+    assert result.converged.tolist() == [bool(expected.converged[0]), False]
+    torch.testing.assert_close(result.x[0], expected.x[0], rtol=1e-3, atol=1e-3)
 
 
 def test_an_empty_batch() -> None:

@@ -88,7 +88,7 @@ def test_a_tile_that_is_kept_is_used() -> None:
     def used() -> configs.Launch:
         return configs.hidden_tile("sm_90", "ieee", 3, 85, 85, places=2**20)
 
-    before, tile = used(), configs.Tile(128, 32, 16, 8, 5)
+    before, tile = used(), configs.Tile(64, 64, 16, 8, 5)
     configs.remember("sm_90", "ieee", 3, 85, tile)
     after = used()
     assert after != before

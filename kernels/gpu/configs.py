@@ -74,8 +74,9 @@ PROGRAMS, SMALLEST = 132, 64
 #: can be loaded
 ALIGN = 16
 
-#: kinds of operands: 16-bit floats; float32 in TensorFloat-32 or exactly; float64
-OPERANDS = ("half", "tf32", "ieee", "float64")
+#: kinds of operands: 16-bit floats; float32 in TensorFloat-32 or exactly; float64. Of each, the
+#: pairs that a core of an H100 multiplies in a clock, and the bytes of one
+OPERANDS = {"half": (2048, 2), "tf32": (1024, 4), "ieee": (128, 4), "float64": (64, 8)}
 
 #: architecture -> operand -> (hidden layers, outputs, gradients by weights); BLOCK_N is the widest.
 #: An architecture that is not listed takes "generic", which fits 64 KiB of shared memory.
@@ -83,7 +84,7 @@ TABLES: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
     "sm_90": {
         "half": (Tile(256, 128, 64, 16, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 128, 8, 2)),
         "tf32": (Tile(256, 128, 32, 16, 3), Tile(128, 64, 32, 4, 3), Tile(16, 128, 128, 8, 3)),
-        "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(16, 64, 64, 8, 2)),
+        "ieee": (Tile(128, 32, 16, 2, 2), Tile(64, 32, 16, 2, 2), Tile(16, 64, 64, 8, 2)),
         "float64": (Tile(64, 32, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(16, 32, 32, 4, 2)),
     },
     "generic": {
@@ -134,7 +135,8 @@ CANDIDATES: dict[str, list[Tile]] = {
 }
 
 
-def _table(arch: str) -> dict[str, tuple[Tile, Tile, Tile]]:
+def table(arch: str) -> dict[str, tuple[Tile, Tile, Tile]]:
+    """Operand -> the tiles of an architecture."""
     return TABLES.get(arch, TABLES["generic"])
 
 
@@ -159,12 +161,12 @@ def hidden_tile(
     arch: str, operand: str, colours: int, units: int, units_in: int, places: int
 ) -> Launch:
     """For convolutions whose outputs are hidden layers (or any other channels by colour)."""
-    tile = _tuned().get(_key(arch, operand, colours, units)) or _table(arch)[operand][0]
+    tile = _tuned().get(_key(arch, operand, colours, units)) or table(arch)[operand][0]
     stride, stride_in = padded(units * colours, ALIGN), padded(units_in * colours, ALIGN)
     widest = _fit(tile.block_n, stride)
     block_m, block_n = min(
         product(_halves(tile.block_m), _halves(widest)),
-        key=lambda sides: _clocks(sides[0], sides[1], places, stride),
+        key=lambda sides: _clocks(sides[0], sides[1], places, stride, operand),
     )
     if units_in != units and stride_in <= FEW:  # few products: what is stored is the work
         block_m = min(block_m, SMALLEST)
@@ -179,15 +181,15 @@ def _halves(widest: int) -> list[int]:
     return [side for side in (widest, widest // 2, widest // 4) if side >= SMALLEST] or [widest]
 
 
-def _clocks(block_m: int, block_n: int, places: int, outputs: int) -> float:
-    """Of 64 inputs, the clocks that an H100 takes at least: of its matrix units, or of its L2.
+def _clocks(block_m: int, block_n: int, places: int, outputs: int, operand: str) -> float:
+    """Of an input, the clocks that an H100 takes at least, to multiply it or to read it from L2.
 
-    A core multiplies 2048 pairs a clock in bfloat16 and is sent 23 bytes; four fifths of what its
-    taps read of the places are in L1.
+    A core is sent 23 bytes a clock; four fifths of what its taps read of the places are in L1.
     """
+    pairs, size = OPERANDS[operand]
     tiles = -(-places // block_m) * -(-outputs // block_n)
-    products = -(-tiles // PROGRAMS) * block_m * block_n * 64 / 2048
-    return max(products, tiles / PROGRAMS * (block_m / 5 + block_n) * 128 / 23)
+    products = -(-tiles // PROGRAMS) * block_m * block_n / pairs
+    return max(products, tiles / PROGRAMS * (block_m / 5 + block_n) * size / 23)
 
 
 def _launch(arch: str, tile: Tile, units: int, stride_in: int, stride: int) -> Launch:
@@ -205,7 +207,7 @@ def _registers(arch: str, num_warps: int) -> int | None:
 
 def output_tile(arch: str, operand: str, colours: int, stride: int, places: int) -> Launch:
     """For convolutions whose outputs are the colours themselves."""
-    tile = _table(arch)[operand][1]
+    tile = table(arch)[operand][1]
     block_m = tile.block_m
     while block_m > SMALLEST and -(-places // block_m) < PROGRAMS:
         block_m //= 2
@@ -229,7 +231,7 @@ def gradient_plan(
     slopes: bool = False, pairs: int = 1,
 ) -> GradientPlan:  # fmt: skip
     """For gradients by the weights; channels are padded. Parts are to fill a GPU twice over."""
-    tile = _table(arch)[operand][2]
+    tile = table(arch)[operand][2]
     block_k = _fit(tile.block_k // (2 if kernel == 3 else 1), inputs)
     block_n = _fit(tile.block_n, outputs)
     even = outputs % block_n == 0 and inputs % block_k == 0
@@ -245,9 +247,9 @@ def gradient_plan(
     return GradientPlan(launch, kernel**2 + slopes, programs, splits, per_split)
 
 
-def copy_blocks(stride: int) -> tuple[int, int]:
+def copy_blocks(stride: int, dtype: torch.dtype) -> tuple[int, int]:
     """Places and channels that a program copies at a time."""
-    return 64, min(64, least(stride))
+    return 256 // max(4, dtype.itemsize), min(64, least(stride))
 
 
 def wavefront_tile(arch: str, units: int, stride: int) -> Launch:

@@ -143,10 +143,11 @@ def add_conv(
 
 
 @triton.jit
-def any_running(residual, sample, valid, tolerance):
-    """Whether a place belongs to a sample whose residual is finite and above the tolerance."""
-    r = tl.load(residual + sample, mask=valid, other=0.0)
-    return tl.max(((r > tl.load(tolerance)) & (r < float("inf"))).to(tl.int32), 0) > 0
+def is_running(residuals, sample, samples, limits):
+    """Which samples go on after two residuals: finite, above the tolerance, and with some gain."""
+    before = tl.load(residuals + sample)
+    r = tl.load(residuals + padded(samples) + sample)
+    return (r > tl.load(limits + 1)) & (r < float("inf")) & (r <= tl.load(limits + 2) * before)
 
 
 @triton.jit
@@ -188,8 +189,8 @@ def hidden_kernel(
     diagonal,  # a Diagonal
     own,  # canvas of this layer, for its gradient; or None
     sums,  # (tiles, outputs): that gradient, summed over places
-    residuals,  # (samples,): tiles without a running sample do nothing; or None
-    tolerance,
+    residuals,  # as of :func:`output_kernel`: tiles without a running sample do nothing; or None
+    limits,
     samples,
     canvas,
     units_in,
@@ -225,7 +226,8 @@ def hidden_kernel(
     here = tl.minimum(place, places - 1)
     sample, _, column = locate(here, canvas)
     if residuals is not None:
-        if not any_running(residuals, sample, valid, tolerance):
+        running = is_running(residuals, sample, samples, limits) & valid
+        if tl.max(running.to(tl.int32), 0) == 0:
             return
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     output = tl.minimum(n, outputs - 1)
@@ -324,8 +326,8 @@ def output_kernel(
     x,  # an Image
     z,  # as y, for an update; or None
     scale,  # (samples,): a residual is relative to it
-    residuals,  # (2, padded samples): of the iteration before, and of this one, zero so far
-    limits,  # (2,): alpha, tolerance
+    residuals,  # (3, padded samples): of the two iterations before; of this one, zero so far
+    limits,  # (3,): alpha, tolerance, gain
     samples,
     canvas,
     units,
@@ -341,8 +343,7 @@ def output_kernel(
 
     Without a diagonal it is the gradient by x of a layer: then x is the gradient by y, h that by
     the first hidden layer before its activation. With z, y becomes the x of the next iteration,
-    ``x - alpha (f(x) - z) / diagonal``, for samples whose residual is finite and above the
-    tolerance.
+    ``x - alpha (f(x) - z) / diagonal``, for samples that are running.
     """
     BLOCK_M: tl.constexpr = BLOCKS[0]
     BLOCK_N: tl.constexpr = BLOCKS[1]
@@ -358,8 +359,7 @@ def output_kernel(
     sample, row, column = locate(here, canvas)
     written = place < places
     if z is not None:
-        before = tl.load(residuals + sample)
-        written &= (before > tl.load(limits + 1)) & (before < float("inf"))
+        written &= is_running(residuals, sample, samples, limits)
         if tl.max(written.to(tl.int32), 0) == 0:
             return
     valid = written & (column < canvas.width)
@@ -397,7 +397,7 @@ def output_kernel(
             INTEGER: tl.constexpr = tl.int64 if F == tl.float64 else tl.int32
             bits = tl.where(inside, relative, 0.0).to(INTEGER, bitcast=True)
             largest = tl.max(bits, 1)
-            now = (residuals + padded(samples)).to(tl.pointer_type(INTEGER), bitcast=True)
+            now = (residuals + 2 * padded(samples)).to(tl.pointer_type(INTEGER), bitcast=True)
             for one in range(tl.min(sample, 0), tl.max(sample, 0) + 1):
                 tl.atomic_max(now + one, tl.max(tl.where(sample == one, largest, 0), 0))
         tl.store(logs + tl.cast(tile_n, tl.int64) * places + place, log, mask=written)

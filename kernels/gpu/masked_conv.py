@@ -28,7 +28,7 @@ def to_canvas(x: Tensor, kernel: int, dtype: torch.dtype, columns: bool) -> tupl
     canvas = Canvas(height, width, kernel // 2)
     taken = kernel if columns else 1
     out = new_canvas(x, canvas, samples, padded(channels * taken**2), dtype)
-    blocks = configs.copy_blocks(out.shape[1])
+    blocks = configs.copy_blocks(out.shape[1], out.dtype)
     launching.launch(
         columns_kernel, (triton.cdiv(samples * height * canvas.pitch, blocks[0]),),
         out, Image.of(x), samples, canvas, channels, KERNEL=taken,
@@ -62,7 +62,7 @@ def run_conv(
         **tile.launch(),
     )  # fmt: skip
     y = empty_output(x, outputs, weight.dtype)
-    blocks = configs.copy_blocks(out.shape[1])
+    blocks = configs.copy_blocks(out.shape[1], out.dtype)
     launching.launch(
         image_kernel, (triton.cdiv(places, blocks[0]),),
         Image.of(y), out, samples, canvas, outputs, BLOCKS=blocks, num_warps=4,

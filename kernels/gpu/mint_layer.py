@@ -114,7 +114,7 @@ def slots(units: int, colours: int, tile: int) -> int:
 def run_columns(x: Tensor, shape: Shape) -> Tensor:
     """x in a canvas, as the first convolution reads it."""
     out = shape.new_side(x, shape.kernels[0])
-    blocks = configs.copy_blocks(out.shape[1])
+    blocks = configs.copy_blocks(out.shape[1], out.dtype)
     launching.launch(
         columns_kernel, (triton.cdiv(shape.places, blocks[0]),),
         out, Image.of(x), shape.samples, shape.canvas, shape.colours,
@@ -131,7 +131,8 @@ def run_hidden(
     """Launch what fills the canvases of h1 and h2.
 
     Args:
-        running: residuals (B,) and a tolerance (); samples within it are skipped.
+        running: rows of residuals and limits, as :func:`run_output` has them: samples that have
+            stopped are skipped.
 
     Returns:
         The shares of the diagonal (slots, places, C).
@@ -167,8 +168,8 @@ def run_output(
     """Launch the last kernel of a layer: fill y, the diagonal and its logarithms.
 
     Args:
-        update: z, its scale, two rows of residuals, and alpha and tolerance: y becomes the x of the
-            next iteration.
+        update: z, its scale, three rows of residuals, and alpha, tolerance and gain: y becomes the
+            x of the next iteration.
     """
     tile = shape.output_tile(x)
     launching.launch(
@@ -228,7 +229,7 @@ def _backward(
     g = new_canvas(diagonal, shape.canvas, shape.samples, shape.colours, diagonal.dtype)
     activation, order = shape.structure.activation, shape.structure.order
 
-    blocks = configs.copy_blocks(max(x_side.shape[1], y_side.shape[1]))
+    blocks = configs.copy_blocks(max(x_side.shape[1], y_side.shape[1]), x_side.dtype)
     tiles = triton.cdiv(shape.places, blocks[0])
     sums3 = diagonal.new_empty((tiles, shape.colours))
     launching.launch(

@@ -219,6 +219,13 @@ def test_samples_do_not_touch_each_other(solve: Solver) -> None:
         torch.testing.assert_close(alone.x[0], together.x[sample], rtol=1e-12, atol=1e-12)
 
 
+def test_one_pixel_of_one_colour_in_one_sample(solve: Solver) -> None:
+    layer = random_layer(1, (1, 1), 4, kernel_size=(1, 1, 1))
+    x = torch.randn(1, 1, 1, 1, dtype=torch.float64)
+    wave = solve(layer(x)[0].detach(), weights_of(layer), layer.activation, "channel", "lower")
+    torch.testing.assert_close(wave.x, x)
+
+
 def test_float32_is_solved_to_its_rounding() -> None:
     layer = random_layer(2, (5, 5), 4).float()
     x = torch.randn(3, 2, 5, 5)

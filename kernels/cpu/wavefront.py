@@ -391,7 +391,7 @@ class Skew(NamedTuple):
 
     def _images(self, storage: Tensor) -> Tensor:
         """The stored values seen as (group, colours, units, height, width)."""
-        units = len(storage) // (self.colours * self.planes * self.line)
+        units = (len(storage) - VECTOR) // (self.colours * self.planes * self.line)
         plane, skew = units * self.line, self.radius + 1
         strides = (1, self.planes * plane, self.line, skew * plane + self.group, plane)
         size = (self.group, self.colours, units, self.height, self.width)

@@ -265,7 +265,7 @@ def count_compiled(work: Work) -> Figures:
 
     def note_forward(_: object, groups: Sequence[int], *arguments: Any) -> None:
         nonlocal compiled
-        _, _, convs, _, centres, _, _, _, diagonal, lines = arguments
+        _, _, convs, _, _, centres, _, _, _, diagonal, lines = arguments
         plans = [*convs, *[centres] * bool(diagonal.size)]
         compiled += cpu_mint_layer.products(plans, lines, len(groups))
 

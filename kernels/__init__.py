@@ -30,12 +30,20 @@ from mintnet_triton.kernels.dispatch import (
     mint_wavefront,
 )
 from mintnet_triton.kernels.fronts import Bracket, Wave, steepest_share
-from mintnet_triton.kernels.reference import MintWeights, Weights, mint_magnitude, with_centres
+from mintnet_triton.kernels.reference import (
+    Condition,
+    MintWeights,
+    Weights,
+    mint_magnitude,
+    scaled,
+    with_centres,
+)
 
 __all__ = [
     "Activation",
     "BackendError",
     "Bracket",
+    "Condition",
     "FrozenWeights",
     "MintWeights",
     "Wave",
@@ -53,6 +61,7 @@ __all__ = [
     "mint_magnitude",
     "mint_map",
     "mint_wavefront",
+    "scaled",
     "steepest_share",
     "use_backend",
     "use_triton",

@@ -19,7 +19,14 @@ from mintnet_triton.kernels.backend import (
 )
 from mintnet_triton.kernels.cpu import products as cpu_products
 from mintnet_triton.kernels.fronts import Slopes, Wave
-from mintnet_triton.kernels.reference import Call, MintWeights, Structure, Weights
+from mintnet_triton.kernels.reference import (
+    Call,
+    Condition,
+    MintWeights,
+    Structure,
+    Weights,
+    scaled,
+)
 
 if TRITON_INSTALLED:
     from mintnet_triton.kernels._library import compute_dtype
@@ -111,6 +118,10 @@ def _in_float32(weights: MintWeights | FrozenWeights) -> MintWeights | FrozenWei
     return MintWeights(*(weight.float() for weight in weights))
 
 
+def _given_in_float32(condition: Condition | None) -> Condition | None:
+    return condition and Condition(*(one.float() for one in condition))
+
+
 def _numba_layer(
     x: Tensor,
     weights: MintWeights | FrozenWeights,
@@ -119,20 +130,23 @@ def _numba_layer(
     triangle: str,
     diagonal: bool,
     recompute: bool = False,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor]:
     from mintnet_triton.kernels.cpu import (
         mint_layer as cpu_mint_layer,  # here, for numba takes time to import
     )
 
+    condition = _given_in_float32(condition)
     frozen = isinstance(weights, FrozenWeights) and not torch.compiler.is_compiling()
     if frozen and not (torch.is_grad_enabled() and x.requires_grad):
         assert isinstance(weights, FrozenWeights)
         packed = weights.packed_for_cpu(order, triangle)
-        return cpu_mint_layer.packed_forward(x, packed, activation.name, diagonal)
+        t = weights.weights.t
+        return cpu_mint_layer.packed_forward(x, packed, t, activation.name, diagonal, condition)
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
     structure = Structure(order, triangle, activation.name)
-    return cpu_mint_layer.mint_forward(x, weights, structure, diagonal, recompute)
+    return cpu_mint_layer.mint_forward(x, weights, structure, diagonal, recompute, condition)
 
 
 def mint_map(
@@ -142,22 +156,25 @@ def mint_map(
     order: str,
     triangle: str,
     call: Call | None = None,
+    condition: Condition | None = None,
 ) -> Tensor:
-    """y of a Mint layer, (B, C, H, W) in the dtype of x; ``call`` as in :func:`mint_forward`."""
+    """y of a Mint layer, (B, C, H, W) in the dtype of x; all else as in :func:`mint_forward`."""
     watched = call is not None
-    if use_triton(x, activation, watched):
+    if use_triton(x, activation, watched, condition is not None):
         return mint_forward(x, weights, activation, order, triangle)[0]
     assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
-            arguments = (activation, order, triangle, call)
+            arguments = (activation, order, triangle, call, _given_in_float32(condition))
             return mint_map(x.float(), _in_float32(weights), *arguments).to(x.dtype)
     if not watched and use_numba_layer(x, activation):
-        return _numba_layer(x, weights, activation, order, triangle, diagonal=False)[0]
+        return _numba_layer(
+            x, weights, activation, order, triangle, diagonal=False, condition=condition
+        )[0]
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
     call = call or reference.call_plainly
-    return reference.mint_map(x, weights, activation, order, triangle, call)[0]
+    return reference.mint_map(x, weights, activation, order, triangle, call, condition)[0]
 
 
 def mint_forward(
@@ -168,6 +185,7 @@ def mint_forward(
     triangle: str,
     recompute: bool = False,
     call: Call | None = None,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A Mint layer, the diagonal of its Jacobian, and its log-determinant.
 
@@ -175,12 +193,13 @@ def mint_forward(
         weights: effective ones; where :func:`use_triton` says yes, raw ones do as well.
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
         call: calls each convolution, which is then computed on its own, by plain PyTorch.
+        condition: of the samples, where a context gives one.
 
     Returns:
         y in the dtype of x, the diagonal, both (B, C, H, W), and log_det (B,), both in that of t.
     """
     watched = call is not None
-    if use_triton(x, activation, watched):
+    if use_triton(x, activation, watched, condition is not None):
         structure = Structure(order, triangle, activation.name)
         if isinstance(weights, FrozenWeights) and torch.is_grad_enabled() and x.requires_grad:
             weights = weights.weights
@@ -192,22 +211,26 @@ def mint_forward(
     assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
-            results = mint_forward(
-                x.float(), _in_float32(weights), activation, order, triangle, recompute, call
-            )
+            arguments = (order, triangle, recompute, call, _given_in_float32(condition))
+            results = mint_forward(x.float(), _in_float32(weights), activation, *arguments)
         return results[0].to(x.dtype), *results[1:]
     if not watched and use_numba_layer(x, activation):
-        y, diagonal = _numba_layer(x, weights, activation, order, triangle, True, recompute)
+        y, diagonal = _numba_layer(
+            x, weights, activation, order, triangle, True, recompute, condition
+        )
         return y, diagonal, diagonal.log().flatten(1).sum(1)
     if isinstance(weights, FrozenWeights):
         weights = weights.weights
-    arguments = (x, weights, activation, order, triangle, call or reference.call_plainly)
+    call = call or reference.call_plainly
     if recompute and torch.is_grad_enabled():
         y, diagonal = checkpoint(
-            reference.mint_forward, *arguments, use_reentrant=False, preserve_rng_state=False
-        )
+            reference.mint_forward, x, weights, activation, order, triangle, call, condition,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
     else:
-        y, diagonal = reference.mint_forward(*arguments)
+        y, diagonal = reference.mint_forward(
+            x, weights, activation, order, triangle, call, condition
+        )
     return y, diagonal, diagonal.log().flatten(1).sum(1)
 
 
@@ -256,29 +279,40 @@ def fixed_point(
 
 
 def mint_wavefront(
-    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    triangle: str,
+    condition: Condition | None = None,
 ) -> Wave:
     """A Mint layer inverted in the order of dependency; see :func:`.fronts.wavefront`."""
     if not len(z):
         return fronts.empty_wave(z)
-    if use_triton(z, None if isinstance(hidden, Slopes) else hidden):
+    conditional = condition is not None or weights.t.ndim == 4
+    if use_triton(z, None if isinstance(hidden, Slopes) else hidden, conditional=conditional):
         return triton_wavefront.wavefront(z, weights, hidden, order, triangle)
     if use_numba(z, hidden, torch.float64):
         from mintnet_triton.kernels.cpu import (
             wavefront as cpu_wavefront,  # here, for numba takes time to import
         )
 
-        return cpu_wavefront.wavefront(z, weights, hidden, order, triangle)
-    return fronts.wavefront(z, weights, hidden, order, triangle)
+        return cpu_wavefront.wavefront(z, weights, hidden, order, triangle, condition)
+    return fronts.wavefront(z, weights, hidden, order, triangle, condition)
 
 
 def mint_exact_map(
-    x: Tensor, weights: MintWeights, activation: Activation, order: str, triangle: str
+    x: Tensor,
+    weights: MintWeights,
+    activation: Activation,
+    order: str,
+    triangle: str,
+    condition: Condition | None = None,
 ) -> Tensor:
     """y of a Mint layer in float64, without gradients."""
-    if x.device.type == "cpu" and not use_triton(x, activation):
-        return cpu_products.mint_map(x, weights, activation)
-    return mint_map(x, weights, activation, order, triangle)
+    if x.device.type == "cpu" and not use_triton(x, activation, conditional=condition is not None):
+        return cpu_products.mint_map(x, weights, activation, condition)
+    return mint_map(x, weights, activation, order, triangle, condition=condition)
 
 
 def mint_jacobian_solver(
@@ -288,13 +322,16 @@ def mint_jacobian_solver(
     order: str,
     triangle: str,
     transpose: bool,
+    condition: Condition | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """right -> v with ``J v = right``, or ``J^T v = right``, for the Jacobian J of a layer at x.
 
     ``right`` may have several times as many samples, x being repeated for them.
     """
     assert activation.slope is not None
-    _, h1, h2 = reference.mint_map(x, weights, activation, order, triangle)
+    _, h1, h2 = reference.mint_map(
+        x, weights, activation, order, triangle, reference.call_plainly, condition
+    )
     slopes = Slopes(activation.slope(h1), activation.slope(h2))
     linear = fronts.transpose_weights(weights)
     if transpose:
@@ -306,6 +343,9 @@ def mint_jacobian_solver(
     def solve(right: Tensor) -> Tensor:
         times = len(right) // max(1, len(x))
         repeated = Slopes(*(one.repeat(times, 1, 1, 1) for one in slopes))
-        return mint_wavefront(right, linear, repeated, order, triangle).x
+        again = linear
+        if condition is not None:  # of which a linear layer keeps the scale alone
+            again = linear._replace(t=scaled(linear.t, condition).repeat(times, 1, 1, 1))
+        return mint_wavefront(right, again, repeated, order, triangle).x
 
     return solve

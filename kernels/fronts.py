@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.kernels.activation import Activation
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.reference import Condition, MintWeights, per_pixel, scaled
 
 #: most steps of Newton's method: enough to bisect a bracket of 1e20 down to 1e-16
 STEPS = 400
@@ -101,7 +101,7 @@ def reverse(images: Tensor, colours: int) -> Tensor:
 
 def reverse_weights(weights: MintWeights) -> MintWeights:
     """The weights of the layer that maps reversed variables to reversed ones."""
-    colours = len(weights.t)
+    colours = len(weights.weight3)
 
     def conv(weight: Tensor) -> Tensor:
         blocks: Tensor = weight.unflatten(1, (colours, -1)).unflatten(0, (colours, -1))
@@ -121,8 +121,13 @@ def reverse_weights(weights: MintWeights) -> MintWeights:
         weights.centre1.flip(0),
         weights.centre2.flip(0),
         weights.centre3.flip(0),
-        weights.t.flip(0, 1, 2),
+        weights.t.flip(-3, -2, -1),
     )
+
+
+def reverse_condition(condition: Condition, colours: int) -> Condition:
+    """The condition of that layer."""
+    return Condition(*(reverse(per_pixel(one), colours).view_as(one) for one in condition))
 
 
 def transpose_weights(weights: MintWeights) -> MintWeights:
@@ -170,7 +175,10 @@ class Bracket:
     def __init__(self, flat: Tensor, steep: Tensor, x: Tensor, *, moving: bool) -> None:
         self.moving = moving
         slack = SLACK * torch.finfo(x.dtype).eps
-        self.flat, self.steep = flat * (1 - slack), steep * (1 + slack)
+        self.flat, self.steep = (
+            (flat * (1 - slack)).expand_as(x),
+            (steep * (1 + slack)).expand_as(x),
+        )
         self.low, self.high = torch.full_like(x, -torch.inf), torch.full_like(x, torch.inf)
         self.before = self.earlier = self.high  # widths one and two steps ago
 
@@ -193,11 +201,11 @@ class Bracket:
 
     def keep(self, chosen: Tensor) -> None:
         """Go on with some samples alone."""
-        for name in ("low", "high", "before", "earlier"):
+        for name in ("flat", "steep", "low", "high", "before", "earlier"):
             setattr(self, name, getattr(self, name)[chosen])
 
 
-LowerSolver = Callable[[Tensor, MintWeights, Activation | Slopes, str], Wave]
+LowerSolver = Callable[[Tensor, MintWeights, Activation | Slopes, str, Condition | None], Wave]
 
 
 def as_lower(
@@ -207,19 +215,30 @@ def as_lower(
     hidden: Activation | Slopes,
     order: str,
     triangle: str,
+    condition: Condition | None = None,
 ) -> Wave:
-    """Solve either triangle by a solver of lower ones."""
+    """Solve either triangle by a solver of lower ones, which sees to the first two shifts."""
+    if condition is not None:
+        z = z - per_pixel(condition.shift3)
+        weights = weights._replace(t=scaled(weights.t, condition))
     if triangle == "lower":
-        return solve(z, weights, hidden, order)
+        return solve(z, weights, hidden, order, condition)
     colours = z.shape[1]
     if isinstance(hidden, Slopes):
         hidden = Slopes(*(reverse(slopes, colours) for slopes in hidden))
-    found = solve(reverse(z, colours), reverse_weights(weights), hidden, order)
+    if condition is not None:
+        condition = reverse_condition(condition, colours)
+    found = solve(reverse(z, colours), reverse_weights(weights), hidden, order, condition)
     return Wave(*(reverse(values, colours) for values in found))
 
 
 def wavefront(
-    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    triangle: str,
+    condition: Condition | None = None,
 ) -> Wave:
     """Solve f(x) = z for a Mint layer f, exactly up to rounding, whatever its weights.
 
@@ -230,16 +249,25 @@ def wavefront(
         weights: of the same dtype.
         hidden: an activation with a ``steepest`` slope; or slopes, for a linear layer, where
             ``error`` and ``steps`` mean nothing.
+        condition: of the samples, if a context gives one; of that dtype, too.
     """
-    return as_lower(_solve, z, weights, hidden, order, triangle)
+    return as_lower(_solve, z, weights, hidden, order, triangle, condition)
 
 
 @torch.no_grad()
-def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str) -> Wave:
+def _solve(
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    condition: Condition | None,
+) -> Wave:
     batch, colours, height, width = z.shape
     units = weights.centre1.shape[1]
     convolutions = (weights.weight1, weights.weight2, weights.weight3)
     biases = (weights.bias1, weights.bias2, weights.bias3)
+    added = [per_pixel(shift).expand(-1, -1, height, width) for shift in (condition or ())[:2]]
+    t = weights.t.expand_as(z)
     radius = max(weight.shape[-1] for weight in convolutions) // 2
     fronts = front_numbers(colours, height, width, radius, order).to(z.device)
     share = steepest_share(weights, hidden)
@@ -259,9 +287,11 @@ def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: 
                 other, dy, dx = offsets
                 near = layer[:, other, rows[:, None] + radius + dy, columns[:, None] + radius + dx]
                 known.append(near.flatten(2) @ weight + bias.unflatten(0, (colours, -1))[c])
+            for values, shift in zip(known, added, strict=False):
+                values += _at(shift, colours, here)
             x, h1, h2, *rest = _newton(
                 z[here],
-                weights.t[c, rows, columns],
+                t[here],
                 share[c],
                 known,
                 _bends(hidden, colours, here),
@@ -293,8 +323,14 @@ def _bends(hidden: Activation | Slopes, colours: int, here: tuple[Any, ...]) -> 
     if isinstance(hidden, Activation):
         h, slope = hidden.function, hidden.derivative
         return (lambda a: (h(a), slope(a)),) * 2
-    first, second = (one.unflatten(1, (colours, -1)).movedim(2, -1)[here] for one in hidden)
+    first, second = (_at(one, colours, here) for one in hidden)
     return lambda a: (first * a, first), lambda a: (second * a, second)
+
+
+def _at(images: Tensor, colours: int, here: tuple[Any, ...]) -> Tensor:
+    """Values (B, C * units, H, W) at the variables of a front, (B, n, units)."""
+    by_unit: Tensor = images.unflatten(1, (colours, -1))
+    return by_unit.movedim(2, -1)[here]
 
 
 def _newton(

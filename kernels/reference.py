@@ -51,6 +51,37 @@ class Weights(NamedTuple):
         return Weights.of(None if one is None else one.contiguous() for one in self)
 
 
+class Condition(NamedTuple):
+    """What a context changes of a Mint layer, sample by sample: (B, n), or (B, n, H, W).
+
+    Shifts are added to the biases, and the scale multiplies t. They stand beside the weights, and
+    not in their place, so that zeros and ones change no rounding, nor that of a gradient.
+    """
+
+    shift1: Tensor  # n = C*K
+    shift2: Tensor  # n = C*K
+    shift3: Tensor  # n = C
+    scale: Tensor  # n = C, positive, at least float32
+
+    def of_samples(self, chosen: Tensor) -> "Condition":
+        return Condition(*(one[chosen] for one in self))
+
+
+def shifted(values: Tensor, shift: Tensor | None) -> Tensor:
+    """Images with what a context adds to them, in their own dtype."""
+    return values if shift is None else values + per_pixel(shift).to(values.dtype)
+
+
+def scaled(values: Tensor, condition: Condition | None) -> Tensor:
+    """Images, or the t of all samples, times the scale of each; as they are, if there is none."""
+    return values if condition is None else values * per_pixel(condition.scale)
+
+
+def per_pixel(values: Tensor) -> Tensor:
+    """A part of a condition, to be broadcast against images: (B, n, 1, 1) or (B, n, H, W)."""
+    return values if values.ndim == 4 else values[:, :, None, None]
+
+
 class MintWeights(NamedTuple):
     """Effective (masked, sign-corrected) weights of one Mint layer.
 
@@ -67,7 +98,7 @@ class MintWeights(NamedTuple):
     centre1: Tensor  # (C, K), from the pixel to hidden unit j
     centre2: Tensor  # (C, K, K), from hidden unit j (last) to i
     centre3: Tensor  # (C, K), from hidden unit i to the pixel
-    t: Tensor  # (C, H, W), positive, at least float32
+    t: Tensor  # (C, H, W), positive, at least float32; (B, C, H, W) in the wavefront of one
 
 
 def with_centres(
@@ -177,6 +208,7 @@ def mint_map(
     order: str,
     triangle: str,
     call: Call = call_plainly,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = t x + W3 h(W2 h(W1 x + b1) + b2) + b3``, the Mint layer of the paper.
 
@@ -193,9 +225,10 @@ def mint_map(
     def last(h2: Tensor) -> Tensor:
         return F.conv2d(h2, weights.weight3, weights.bias3, padding="same")
 
-    h1 = activation.function(call(1, first, x))
-    h2 = activation.function(call(2, middle, h1))
-    y = call(3, last, h2) + weights.t * x
+    shift1, shift2, shift3, _ = condition or (None,) * 4
+    h1 = activation.function(shifted(call(1, first, x), shift1))
+    h2 = activation.function(shifted(call(2, middle, h1), shift2))
+    y = shifted(call(3, last, h2), shift3) + weights.t * scaled(x, condition)
     return y.to(x.dtype), h1, h2
 
 
@@ -206,6 +239,7 @@ def mint_forward(
     order: str,
     triangle: str,
     call: Call = call_plainly,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Mint layer and the diagonal of its Jacobian.
 
@@ -219,13 +253,13 @@ def mint_forward(
         positive.
     """
     assert activation.slope is not None
-    y, h1, h2 = mint_map(x, weights, activation, order, triangle, call)
+    y, h1, h2 = mint_map(x, weights, activation, order, triangle, call, condition)
     batch, colours, height, width = x.shape
     per_colour = (batch, colours, h1.shape[1] // colours, height * width)
     # The K x K matrix takes the outer two diagonals along, so the pixels need no product with them.
     through = torch.matmul(join_centres(weights).to(h1), activation.slope(h1).reshape(per_colour))
     diagonal = (through * activation.slope(h2).reshape(per_colour)).sum(2)
-    return y, diagonal.reshape(x.shape) + weights.t
+    return y, diagonal.reshape(x.shape) + scaled(weights.t, condition)
 
 
 def join_centres(weights: MintWeights) -> Tensor:
@@ -252,7 +286,9 @@ def centres_of(weight1: Tensor, weight2: Tensor, weight3: Tensor) -> tuple[Tenso
     return centre(weight1).squeeze(2), centre(weight2), centre(weight3).squeeze(1)
 
 
-def mint_magnitude(x: Tensor, weights: MintWeights, activation: Activation) -> Tensor:
+def mint_magnitude(
+    x: Tensor, weights: MintWeights, activation: Activation, condition: Condition | None = None
+) -> Tensor:
     """What rounding in a Mint layer at x is relative to, (B, C, H, W).
 
     The absolute values of all that is added up, each with the slope by which its rounding reaches
@@ -260,8 +296,15 @@ def mint_magnitude(x: Tensor, weights: MintWeights, activation: Activation) -> T
     """
     assert activation.slope is not None
     w1, b1, w2, b2, w3, b3 = (weight.abs() for weight in weights[:6])
-    h1 = activation.function(F.conv2d(x, weights.weight1, weights.bias1, padding="same"))
-    h2 = activation.function(F.conv2d(h1, weights.weight2, weights.bias2, padding="same"))
-    first = activation.slope(h1) * F.conv2d(x.abs(), w1, b1, padding="same")
-    second = activation.slope(h2) * F.conv2d(2 * h1.abs() + first, w2, b2, padding="same")
-    return F.conv2d(h2.abs() + second, w3, b3, padding="same") + (weights.t * x).abs()
+    shift1, shift2, _, _ = condition or (None,) * 4
+    size1, size2, size3, _ = (one.abs() for one in condition) if condition else (None,) * 4
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
+        return shifted(F.conv2d(x, weight, bias, padding="same"), shift)
+
+    h1 = activation.function(convolve(x, weights.weight1, weights.bias1, shift1))
+    h2 = activation.function(convolve(h1, weights.weight2, weights.bias2, shift2))
+    first = activation.slope(h1) * convolve(x.abs(), w1, b1, size1)
+    second = activation.slope(h2) * convolve(2 * h1.abs() + first, w2, b2, size2)
+    outer = convolve(h2.abs() + second, w3, b3, size3)
+    return outer + (weights.t * scaled(x, condition)).abs()

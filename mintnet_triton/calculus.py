@@ -41,14 +41,17 @@ class TriangularMap(Stage):
 
     ordering: Ordering | None
 
-    def forward_and_diagonal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_diagonal(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """y and the diagonal of the Jacobian at x, both shaped like x.
 
         Raises:
-            TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+            TypeError, ValueError: as ``forward``.
         """
         self.check("x", x, self.input_shape)
-        return self.evaluator()(x)
+        self.check_context(context, x)
+        return self.given(context).evaluator()(x)
 
     def start(self, z: Tensor) -> Tensor:
         """Where Algorithm 1 starts to look for the x with f(x) = z."""

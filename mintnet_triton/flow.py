@@ -1,7 +1,7 @@
 """MintNet: Mint pairs at several scales, as a normalizing flow."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -15,6 +15,7 @@ from mintnet_triton.checks import (
     check_number,
     check_positive,
 )
+from mintnet_triton.context import rows_of_context
 from mintnet_triton.inverse import Chain, Invertible, Shape
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintPair, Squeeze, first_tensor
@@ -68,6 +69,10 @@ class MintNet(Chain):
         zero_init_start: pairs after the one of this index start near the identity (weights of
             deviation 1e-5, no bias). None, the default, starts all pairs alike, as the published
             models were trained.
+        context: channels of a context, as :class:`MintLayer` takes it, that every layer is given;
+            maps of it have the size of an image, and are averaged at squeezes.
+        context_network: a function that makes the network of a layer, of P outputs; by default each
+            is linear, and starts at zero.
 
     Raises:
         ValueError, TypeError: an argument outside its range, a size that does not divide, hidden
@@ -85,6 +90,9 @@ class MintNet(Chain):
         kernel_size: int | Sequence[int] = 3,
         activation: str | Activation = "elu",
         zero_init_start: int | None = None,
+        *,
+        context: int | None = None,
+        context_network: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         channels, pairs, hidden = check_positive(channels=channels, pairs=pairs, hidden=hidden)
@@ -111,6 +119,10 @@ class MintNet(Chain):
             "activation": activation,
             "zero_init_start": zero_init_start,
         }
+        if context is not None:
+            self.arguments["context"] = check_integer("context", context, least=1)
+        if context_network is not None:  # itself it could be neither pickled nor written to a file
+            self.arguments["context_network"] = True
         self.image_shape = (channels, *size)
         self.layers = nn.ModuleList()
         for pair in range(pairs):
@@ -127,6 +139,8 @@ class MintNet(Chain):
                     kernel_size=kernel_size,
                     activation=activation,
                     initialisation="near_identity" if near_identity else "density",
+                    context=context,
+                    context_network=context_network,
                 )
             )
 
@@ -159,21 +173,28 @@ class MintNet(Chain):
     def output_shape(self) -> Shape:
         return self.latent_shape
 
+    @property
+    def context(self) -> int | None:  # type: ignore[override]
+        return self.arguments.get("context")
+
     def steps(self) -> Iterable[tuple[str, Invertible]]:
         for index, layer in enumerate(self.layers):
             yield f"layers.{index}", cast(Invertible, layer)
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density at x (B, C, H, W) in nats, (B,); float64 for float64 input, else float32.
 
+        Given a context, one row a sample, it is the conditional one.
+
         Raises:
-            TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+            TypeError, ValueError: as ``forward``.
         """
-        if isinstance(x, Tensor):
-            check_finite("x", x)
+        for name, value in (("x", x), ("context", context)):
+            if isinstance(value, Tensor):
+                check_finite(name, value)
         z: Tensor
         log_det: Tensor
-        z, log_det = self(x)
+        z, log_det = self(x) if context is None else self(x, context)
         return standard_normal_log_prob(z) + log_det
 
     @torch.no_grad()
@@ -183,6 +204,7 @@ class MintNet(Chain):
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
         solver: Solver | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Draw n samples x (n, C, H, W) in logit space, without gradients.
 
@@ -193,12 +215,15 @@ class MintNet(Chain):
             generator: source of randomness; the default one of the device if None.
             temperature: standard deviation of the latents.
             solver: of the inverse; ``Auto()`` if None.
+            context: of the samples: n rows, or one for all, (1, context) or (context,), or maps
+                likewise.
 
         Raises:
             NotConvergedError: the inverse of some sample did not converge.
-            ValueError, TypeError: an argument outside its range.
+            ValueError, TypeError: an argument outside its range, or a context that does not fit.
         """
-        x, _ = self.inverse(self._latents(n, generator, temperature), solver)
+        z = self._latents(n, generator, temperature)
+        x, _ = self.inverse(z, solver, rows_of_context(context, len(z)))
         return x.to(self._like().dtype)
 
     def sample_and_log_prob(
@@ -207,6 +232,7 @@ class MintNet(Chain):
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
         solver: Solver | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples as :meth:`sample` draws them, and their ``log_prob`` (n,) under the flow.
 
@@ -214,10 +240,10 @@ class MintNet(Chain):
 
         Raises:
             NotConvergedError: the inverse of some sample did not converge.
-            ValueError, TypeError: an argument outside its range.
+            ValueError, TypeError: an argument outside its range, or a context that does not fit.
         """
         z = self._latents(n, generator, temperature)
-        x, log_det = self.inverse(z, solver)
+        x, log_det = self.inverse(z, solver, rows_of_context(context, len(z)))
         return x.to(self._like().dtype), standard_normal_log_prob(z) - log_det
 
     def _like(self) -> Tensor:

@@ -198,6 +198,7 @@ def bits_per_dim(
     levels: int = 256,
     logit_lambda: float = 0.05,
     generator: torch.Generator | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Bits per dimension of images under a flow over their logits, one draw of the noise each.
 
@@ -207,6 +208,7 @@ def bits_per_dim(
         levels: values a pixel may take.
         logit_lambda: the one that the flow was trained with.
         generator: source of the dequantisation noise.
+        context: as the flow takes it, one row an image.
 
     Returns:
         (B,), in bits.
@@ -217,7 +219,8 @@ def bits_per_dim(
     preprocess = ImagePreprocess(levels, logit_lambda)
     like = next(flow.parameters())
     x, log_det = preprocess(images, generator, log_det_dtype(like))
-    bits: Tensor = -(flow.log_prob(x.to(like.dtype)) + log_det) / (
+    given = () if context is None else (context,)
+    bits: Tensor = -(flow.log_prob(x.to(like.dtype), *given) + log_det) / (
         math.log(2) * images.shape[1:].numel()
     )
     return bits

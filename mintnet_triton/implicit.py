@@ -114,8 +114,9 @@ class _JacobianSolve(torch.autograd.Function):
         left, along = (solved, by_right) if ctx.transpose else (by_right, solved)
 
         def product(x: Tensor, *tensors: Tensor) -> Tensor:
-            point = x.repeat(len(left) // max(1, len(x)), *[1] * (x.ndim - 1))
-            _, pull = _pullback(lambda point: ctx.problem.map(point, *tensors)[0], point)
+            again = torch.arange(len(x), device=x.device).repeat(len(left) // max(1, len(x)))
+            stage = ctx.problem.at(tensors).of_samples(again)
+            _, pull = _pullback(lambda point: stage._forward(point)[0], x[again])
             return (pull(left)[0] * along).sum()
 
         result, pull = _pullback(product, x, *tensors)

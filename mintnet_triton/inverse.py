@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mintnet_triton.certificate import ErrorBound
 from mintnet_triton.checks import NonFiniteError, check_finite, check_tensor
+from mintnet_triton.context import check_context
 from mintnet_triton.implicit import differentiable_solution
 from mintnet_triton.kernels import full_float32, is_exported, is_transformed
 from mintnet_triton.solvers import (
@@ -28,7 +29,7 @@ from mintnet_triton.solvers import (
     relative_residual,
     rounded,
 )
-from mintnet_triton.views import tensors_of, view_of
+from mintnet_triton.views import tensors_of, twin, view_of
 
 Shape = tuple[int | None, ...]
 CPU = torch.device("cpu")
@@ -41,7 +42,13 @@ class Invertible(nn.Module):
 
     ``log_det`` is log|det| of the Jacobian per sample, shape (B,): float64 for float64 input, else
     float32. ``forward`` goes from data to latent.
+
+    A map may be made for a ``context``: then it is one for each context, (B, channels) or
+    (B, channels, H, W), one row a sample, and whatever takes x takes one, too.
     """
+
+    context: int | None = None  #: channels of the context; None where none is taken
+    _context: Tensor | None = None  # of what :meth:`given` returns
 
     @property
     def input_shape(self) -> Shape | None:
@@ -72,17 +79,44 @@ class Invertible(nn.Module):
         """A parameter, whose dtype and device are those of inputs."""
         return next((one for one in self.parameters() if one.is_floating_point()), None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def check_context(self, context: Tensor | None, x: Tensor) -> None:
+        """Raise a typed error unless there is a context if one is taken, and it fits x."""
+        size = (self.input_shape or (None, None, None))[1:]
+        check_context(self, context, x, size, self._like())
+
+    def given(self, context: Tensor | None) -> Self:
+        """The map for a context that has been checked, or itself if it takes none.
+
+        It is to be computed at once, or solved: it shares everything else.
+        """
+        if self.context is None or context is None:
+            return self
+        view = twin(self)
+        view._context = context
+        return view
+
+    def context_after(self, context: Tensor | None) -> Tensor | None:
+        """The context of a map that follows this one."""
+        return context
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to y.
+
+        Args:
+            x: (B, ...).
+            context: (B, channels) or (B, channels, H, W), H and W as those of x, in the dtype of
+                the parameters, where the map was made for one.
 
         Returns:
             y, and log|det dy/dx| of shape (B,).
 
         Raises:
-            TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+            TypeError, ValueError: x or context is not a finite tensor of the right shape, dtype and
+                device, or context is missing or superfluous.
         """
         self.check("x", x, self.input_shape)
-        return self._forward(x)
+        self.check_context(context, x)
+        return self.given(context)._forward(x)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -91,20 +125,23 @@ class Invertible(nn.Module):
         """The named stages from data to latent; a stage is its own only one, with no name."""
         raise NotImplementedError
 
-    def inverse(self, y: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, y: Tensor, solver: Solver | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map y back to x; ``Auto()`` is the default solver.
 
-        Differentiable by y and the parameters, by the implicit function theorem: memory does not
-        grow with iterations. Under ``torch.func``, ``vmap`` alone is refused.
+        Differentiable by y, the context and the parameters, by the implicit function theorem:
+        memory does not grow with iterations. Under ``torch.func``, ``vmap`` alone is refused.
 
         Returns:
             x, and log|det dx/dy| of shape (B,).
 
         Raises:
             NotConvergedError: some sample did not converge; it carries the ``result``.
-            TypeError, ValueError: y is not a finite tensor of the right shape, dtype and device.
+            TypeError, ValueError: y or context is not a finite tensor of the right shape, dtype and
+                device, or context is missing or superfluous.
         """
-        result = _invert(self, y, solver)
+        result = _invert(self, y, solver, context)
         result.raise_if_not_converged()
         return result.x, result.log_det
 
@@ -148,6 +185,10 @@ class Stage(Invertible):
         """The same map with these for what :meth:`tensors` gave, to be evaluated or solved."""
         return view_of(self, tensors)
 
+    def of_samples(self, chosen: Tensor) -> Self:
+        """The map for some samples of a batch, a mask or indices: itself, if it is one for all."""
+        return self
+
     def in_dtype(self, dtype: torch.dtype) -> Self:
         """A view in that dtype, without gradients."""
         return self.view(_in_dtype(self.tensors(), dtype, detached=True))
@@ -170,16 +211,42 @@ class Chain(Invertible):
             for inner, stage in step.stages():
                 yield (f"{name}.{inner}" if inner else name), stage
 
+    @property
+    def context(self) -> int | None:  # type: ignore[override]  # that of its steps
+        inner = (as_invertible(name, step).context for name, step in self.steps())
+        found = {one for one in inner if one is not None}
+        if len(found) > 1:
+            raise ValueError(f"the maps of one network take contexts of {sorted(found)} channels")
+        return next(iter(found), None)
+
+    def context_after(self, context: Tensor | None) -> Tensor | None:
+        for name, step in self.steps():
+            context = as_invertible(name, step).context_after(context)
+        return context
+
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_det = x.new_zeros(x.shape[0], dtype=log_det_dtype(x))
+        context = self._context
         for name, step in self.steps():
+            own: tuple[Tensor, ...] = ()
+            if context is not None:
+                inner = as_invertible(name, step)
+                own = () if inner.context is None else (context,)
+                context = inner.context_after(context)
             try:
-                x, step_log_det = step(x)
+                x, step_log_det = step(x, *own)
             except NonFiniteError as error:
                 # Its own input has passed the check: the fault is in here.
                 raise NonFiniteError(f"inside the network, entering {name!r}: {error}") from error
             log_det = log_det + step_log_det
         return x, log_det
+
+
+def given_stages(module: Invertible, context: Tensor | None) -> Iterator[tuple[str, Stage]]:
+    """The named stages of a map, each for the context as it gets there."""
+    for name, stage in module.stages():
+        yield name, stage.given(context)
+        context = stage.context_after(context)
 
 
 def as_invertible(name: str, module: nn.Module) -> Invertible:
@@ -280,6 +347,7 @@ def invert(
     trace: bool = False,
     reference: Tensor | None = None,
     certify: bool = False,
+    context: Tensor | None = None,
 ) -> InversionResult:
     """Invert a layer, a pair, a network or anything of the calculus, and report how it went.
 
@@ -296,13 +364,15 @@ def invert(
         reference: the true x (B, ...): with the trace come the errors against it.
         certify: also bound the error of x, by residuals in float64 carried through the inverse's
             Jacobian, layer by layer; costs about three forward passes.
+        context: as ``module`` takes it, one row a sample.
 
     Raises:
-        TypeError, ValueError: z or reference is not a finite tensor of the right shape, dtype and
-            device, module or solver is of another kind, or a reference came without ``trace``.
+        TypeError, ValueError: z, reference or context is not a finite tensor of the right shape,
+            dtype and device, module or solver is of another kind, a reference came without
+            ``trace``, or context is missing or superfluous.
     """
     result: InversionResult = _invert(
-        module, z, solver, trace=trace, reference=reference, certify=certify
+        module, z, solver, context, trace=trace, reference=reference, certify=certify
     )
     return result
 
@@ -312,6 +382,7 @@ def _invert(
     module: Invertible,
     z: Tensor,
     solver: Solver | None,
+    context: Tensor | None = None,
     *,
     trace: bool = False,
     reference: Tensor | None = None,
@@ -328,16 +399,20 @@ def _invert(
         reference = _prepare(module, "reference", reference, module.input_shape)
         if len(reference) != len(z):
             raise ValueError(f"reference has {len(reference)} samples, z has {len(z)}")
+    module.check_context(context, z)
+    if context is not None and (like := module._like()) is not None:
+        context = context.to(like.dtype)  # which is another one under autocast alone
     solver = solver.with_tolerance(solver.tolerance_for(z.dtype))
     # A default device of the user's may be another one than that of z.
     default = torch.device(z.device) if torch.get_default_device() != CPU else nullcontext()
     with torch.autocast(z.device.type, enabled=False), full_float32(), default:
-        return _solve_stages(module, z, solver, trace, reference, certify)
+        return _solve_stages(module, z, context, solver, trace, reference, certify)
 
 
 def _solve_stages(
     module: Invertible,
     z: Tensor,
+    context: Tensor | None,
     solver: Solver,
     trace: bool,
     reference: Tensor | None,
@@ -346,7 +421,7 @@ def _solve_stages(
     """Solve the stages of a module in the dtype that the solver wants."""
     dtype = solver.dtype_for(z)
     differentiable = torch.is_grad_enabled() or is_transformed()
-    stages = list(module.stages())
+    stages = list(given_stages(module, context))
     tensors = [
         _in_dtype(stage.tensors(), dtype, detached=not differentiable) for _, stage in stages
     ]

@@ -5,16 +5,19 @@ from contextlib import contextmanager
 from typing import Any, Literal, Self, SupportsIndex, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.checks import as_kernel_sizes, as_size, check_positive
+from mintnet_triton.context import ContextLinear, ContextNetwork, check_maker, make_network
 from mintnet_triton.conv import MaskedConv2d
 from mintnet_triton.hooks import call_watched, is_watched, run_conv_hooks, run_weight_hooks
 from mintnet_triton.inverse import Chain, Invertible, Reshaping, Shape
 from mintnet_triton.kernels import (
     Activation,
+    Condition,
     FrozenWeights,
     MintWeights,
     Wave,
@@ -27,6 +30,7 @@ from mintnet_triton.kernels import (
     mint_magnitude,
     mint_map,
     mint_wavefront,
+    scaled,
     steepest_share,
     use_triton,
     with_centres,
@@ -41,10 +45,12 @@ from mintnet_triton.solvers import (
     log_det_dtype,
     relative_residual,
 )
-from mintnet_triton.views import shallow
+from mintnet_triton.views import shallow, twin
 
 #: of :class:`MintWeights`, those that are not views of others
 _TENSORS = ("weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "t")
+#: what a context may scale t by at least, so that it stays positive in float32
+LEAST_SCALE = 1e-12
 
 Initialisation = Literal["density", "classifier", "near_identity"]
 
@@ -95,6 +101,13 @@ class MintLayer(TriangularMap):
             t starts at 1.
         recompute: keep x alone for the backward pass, and compute the hidden layers again there;
             an attribute that may be set at any time.
+        context: channels of a context that the layer is given beside x, a vector (B, context) or a
+            map (B, context, H, W); None, the default, for none.
+        context_network: maps it to values (B, P) or (B, P, H, W), P = 2 C K + 2 C: what is added to
+            b1 (C K of them), b2 (C K) and b3 (C), and s (C), for t is multiplied by exp(s). An
+            ``nn.Module``, or a function that makes one for P outputs; None, the default, for a
+            :class:`.ContextLinear`, which starts at zero. That one alone takes ``device`` and
+            ``dtype``, and is started anew by :meth:`reset_parameters`.
         device, dtype: of the parameters; torch's defaults if None.
 
     Raises:
@@ -114,6 +127,9 @@ class MintLayer(TriangularMap):
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        context: int | None = None,
+        context_network: ContextNetwork | None = None,
     ) -> None:
         super().__init__()
         channels, hidden = check_positive(channels=channels, hidden=hidden)
@@ -123,6 +139,7 @@ class MintLayer(TriangularMap):
         self.recompute = recompute
         self._blocks = _Blocks()
         self._watching = _Keys()  # of pre-hooks of convolutions that want their input
+        self._condition: Condition | None = None  # of a view for a context
         if initialisation not in get_args(Initialisation):
             raise ValueError(
                 f"initialisation must be one of {get_args(Initialisation)}, got {initialisation!r}"
@@ -149,12 +166,17 @@ class MintLayer(TriangularMap):
             )
         )
         self.t = nn.Parameter(torch.empty(self.input_shape, device=device, dtype=dtype))
+        self.context, self.context_network = make_network(
+            context, context_network, self._context_outputs, device=device, dtype=dtype
+        )
         self._initialise()
 
     def reset_parameters(self) -> None:
         """Start all parameters anew, as ``initialisation`` says."""
         for conv in (self.conv1, self.conv2, self.conv3):
             conv.reset_parameters()
+        if isinstance(self.context_network, ContextLinear):
+            self.context_network.reset_parameters()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -170,6 +192,36 @@ class MintLayer(TriangularMap):
     @property
     def input_shape(self) -> tuple[int, int, int]:
         return (self.channels, *self.size)
+
+    @property
+    def _context_outputs(self) -> int:
+        """How many values the context network gives, P."""
+        return 2 * self.channels * self.hidden + 2 * self.channels
+
+    def given(self, context: Tensor | None) -> Self:
+        """As of any map; here its context network has been called.
+
+        Raises:
+            ValueError: it gives something else than a tensor of the right shape.
+        """
+        if self.context is None or context is None:
+            return self
+        assert self.context_network is not None
+        values = self.context_network(context)
+        batch, outputs = context.shape[0], self._context_outputs
+        shapes = (batch, outputs), (batch, outputs, *self.size)
+        if not isinstance(values, Tensor) or all(values.shape != shape for shape in shapes):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"context_network of a MintLayer must give a tensor of shape {shapes[0]} or "
+                f"{shapes[1]}, got {found}"
+            )
+        inner = self.channels * self.hidden
+        shift1, shift2, shift3, s = values.split([inner, inner, self.channels, self.channels], 1)
+        scale = s.to(log_det_dtype(s)).exp().clamp(min=LEAST_SCALE)
+        view = twin(self)
+        view.context, view._condition = None, Condition(shift1, shift2, shift3, scale)
+        return view
 
     @property
     def _frozen(self) -> FrozenWeights | None:
@@ -291,11 +343,16 @@ class MintLayer(TriangularMap):
         return replica
 
     def _weights(self) -> MintWeights | FrozenWeights:
+        if self.context is not None:
+            raise TypeError(
+                f"a MintLayer made for a context of {self.context} channels is used without one: "
+                "it may be called and inverted, but is no part of a Sum or a Compose"
+            )
         return self._frozen or self.effective_weights()
 
     def _weights_for(self, x: Tensor) -> MintWeights | Weights | FrozenWeights:
         """The same, but raw where the kernels that x goes to want it so."""
-        if self._frozen or self._call() is not None or not use_triton(x, self.activation):
+        if self._frozen or self._call() is not None or not self._use_triton(x):
             return self._weights()
         for conv in (self.conv1, self.conv2, self.conv3):
             plain = getattr(type(conv), "masked_weight", None) is MaskedConv2d.masked_weight
@@ -303,9 +360,16 @@ class MintLayer(TriangularMap):
                 return self.effective_weights()
         return self.raw_weights()
 
+    def _use_triton(self, x: Tensor) -> bool:
+        return use_triton(x, self.activation, conditional=self._condition is not None)
+
     def _call(self) -> Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor] | None:
         """How to call the convolutions, if hooks look at them."""
-        convs = {name: conv for name, conv in self._modules.items() if conv is not None}
+        convs = {
+            name: conv
+            for name, conv in self._modules.items()
+            if conv is not None and name != "context_network"  # which is called by itself
+        }
         watched = any(
             is_watched(conv) or self._watching & conv._forward_pre_hooks.keys()
             for conv in convs.values()
@@ -323,15 +387,27 @@ class MintLayer(TriangularMap):
         run_weight_hooks(self)
         weights = self._weights()
         weights = weights.weights if isinstance(weights, FrozenWeights) else weights
-        return {name: getattr(weights, name) for name in _TENSORS}
+        found = {name: getattr(weights, name) for name in _TENSORS}
+        return found | (self._condition._asdict() if self._condition else {})
 
     def view(self, tensors: Mapping[str, Tensor]) -> Self:
         view = shallow(self)
         view.__dict__.update(_parameters={}, _modules={})  # nothing to be looked at by hooks
+        weights = {name: tensors[name] for name in _TENSORS}
         frozen = self._frozen and self._frozen.weights._asdict()
-        if not frozen or any(frozen[name] is not tensor for name, tensor in tensors.items()):
-            view._blocks = _Blocks([FrozenWeights(with_centres(**tensors))])
-        return view  # which shares what is packed, if its weights are those that are frozen
+        if not frozen or any(frozen[name] is not tensor for name, tensor in weights.items()):
+            view._blocks = _Blocks([FrozenWeights(with_centres(**weights))])
+        # Else it shares what is packed, for its weights are those that are frozen.
+        if self._condition is not None:
+            view._condition = Condition(*(tensors[name] for name in Condition._fields))
+        return view
+
+    def of_samples(self, chosen: Tensor) -> Self:
+        if self._condition is None:
+            return self
+        view = twin(self)
+        view._condition = self._condition.of_samples(chosen)
+        return view
 
     def evaluator(self) -> Evaluator:
         run_weight_hooks(self)
@@ -339,17 +415,18 @@ class MintLayer(TriangularMap):
         if isinstance(weights, MintWeights) and not torch.is_grad_enabled():
             weights = FrozenWeights(weights)  # packed once for all evaluations
         arguments = (weights, self.activation, *self._structure)
-        return lambda x: mint_forward(x, *arguments, call=call)[:2]
+        return lambda x: mint_forward(x, *arguments, call=call, condition=self._condition)[:2]
 
     def start(self, z: Tensor) -> Tensor:
-        return z / (self._frozen.weights.t if self._frozen else self.positive_t())
+        t = self._frozen.weights.t if self._frozen else self.positive_t()
+        return z / scaled(t, self._condition)
 
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
         # The kernels keep no iterates to compare with a reference, and have one step for all.
         plain = isinstance(solver, FixedPoint) and not solver.safeguard and reference is None
-        if not plain or not use_triton(z, self.activation):
+        if not plain or not self._use_triton(z):
             return super().solve(z, solver, trace=trace, reference=reference)
         assert isinstance(solver, FixedPoint)
         x, log_det, residuals, finish, iterations = fixed_point(
@@ -371,8 +448,13 @@ class MintLayer(TriangularMap):
 
     def _weights_in(self, dtype: torch.dtype) -> MintWeights:
         """Effective weights of that dtype, without gradients."""
-        weights = self._frozen.weights if self._frozen else self.effective_weights()
+        weights = self._weights()
+        weights = weights.weights if isinstance(weights, FrozenWeights) else weights
         return MintWeights(*(weight.detach().to(dtype) for weight in weights))
+
+    def _condition_in(self, dtype: torch.dtype) -> Condition | None:
+        given = self._condition
+        return given and Condition(*(one.detach().to(dtype) for one in given))
 
     def slope_bounds(self) -> tuple[Tensor, Tensor] | None:
         if self.activation.steepest is None:
@@ -380,7 +462,8 @@ class MintLayer(TriangularMap):
         weights = self._weights()
         weights = weights.weights if isinstance(weights, FrozenWeights) else weights
         weights = MintWeights(*(weight.detach().to(weights.t.dtype) for weight in weights))
-        return weights.t, weights.t + steepest_share(weights, self.activation)[:, None, None]
+        t = scaled(weights.t, self._condition_in(weights.t.dtype))
+        return t, t + steepest_share(weights, self.activation)[:, None, None]
 
     @property
     def has_wavefront(self) -> bool:
@@ -397,42 +480,47 @@ class MintLayer(TriangularMap):
                 f"activation {self.activation.name!r} has no steepest slope, which Wavefront needs "
                 "for its brackets: give Activation(..., steepest=...) a bound of the derivative"
             )
-        weights = self._weights_in(torch.float64)
-        return mint_wavefront(z.double(), weights, self.activation, *self._structure)
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
+        return mint_wavefront(z.double(), weights, self.activation, *self._structure, given)
 
     def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
-        weights = self._weights_in(torch.float64)
-        y = mint_exact_map(x.double(), weights, self.activation, *self._structure)
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
+        y = mint_exact_map(x.double(), weights, self.activation, *self._structure, given)
         return relative_residual(y, z.double())
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
-        weights = self._weights_in(torch.float64)
-        arguments = (weights, self.activation, *self._structure, transpose)
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
+        arguments = (weights, self.activation, *self._structure, transpose, given)
         solve = mint_jacobian_solver(x.double(), *arguments)
         return lambda right: solve(right.double()).to(x.dtype)
 
     def magnitude(self, x: Tensor) -> Tensor:
-        return mint_magnitude(x, self._weights_in(x.dtype), self.activation)
+        weights, given = self._weights_in(x.dtype), self._condition_in(x.dtype)
+        return mint_magnitude(x, weights, self.activation, given)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         arguments = (self._weights_for(x), self.activation, *self._structure)
-        y, _, log_det = mint_forward(x, *arguments, self.recompute, self._call())
+        y, _, log_det = mint_forward(x, *arguments, self.recompute, self._call(), self._condition)
         return y, log_det  # t > 0 keeps the diagonal from zero
 
-    def transform(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """y alone, for use where the determinant is not wanted (a classifier).
 
         Raises:
-            TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+            TypeError, ValueError: as ``forward``.
         """
         self.check("x", x, self.input_shape)
+        self.check_context(context, x)
         run_weight_hooks(self)
-        return mint_map(x, self._weights_for(x), self.activation, *self._structure, self._call())
+        layer = self.given(context)
+        arguments = (layer._weights_for(x), self.activation, *self._structure)
+        return mint_map(x, *arguments, self._call(), layer._condition)
 
     def extra_repr(self) -> str:
         return (
             f"channels={self.channels}, size={self.size}, hidden={self.hidden}, "
             f"activation={self.activation.name!r}"
+            f"{'' if self.context is None else f', context={self.context}'}"
         )
 
 
@@ -451,8 +539,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     """Within the ``with`` block, the parameters of every Mint layer inside ``module`` stand still.
 
     Their weights are masked, corrected and packed once, instead of at every call: for sampling and
-    evaluation in many batches. Changes made to the parameters inside are not seen until the end.
-    Gradients are off, as under ``torch.no_grad()``.
+    evaluation in many batches. Changes made to the parameters inside are not seen until the end;
+    but context networks are called as ever. Gradients are off, as under ``torch.no_grad()``.
 
     Args:
         module: a layer, a network, or any module that has Mint layers inside; a copy of it made in
@@ -484,11 +572,12 @@ class MintPair(Chain, nn.Sequential):
     """A lower- and then an upper-triangular Mint layer, so that no blind spot remains.
 
     Takes the arguments of :class:`MintLayer` but ``triangle``; ``pair[0]`` and ``pair[1]`` are the
-    layers.
+    layers. Each has a context network of its own: what makes one is to be given, not a module.
     """
 
     def __init__(self, channels: int, size: int | Sequence[int], hidden: int, **layer: Any) -> None:
         super().__init__()
+        check_maker(layer.get("context_network"))
         for triangle in ("lower", "upper"):
             self.append(MintLayer(channels, size, hidden, triangle=triangle, **layer))
 
@@ -525,6 +614,10 @@ class Squeeze(Reshaping):
         by_tap = x.reshape(batch, colours, height // 2, 2, width // 2, 2)
         y = by_tap.permute(0, 3, 5, 1, 2, 4)
         return y.reshape(batch, 4 * colours, height // 2, width // 2), _no_log_det(x)
+
+    def context_after(self, context: Tensor | None) -> Tensor | None:
+        """A map is averaged over the pixels that become one."""
+        return context if context is None or context.ndim == 2 else F.avg_pool2d(context, 2)
 
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None

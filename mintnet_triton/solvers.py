@@ -27,6 +27,9 @@ class Solvable(Protocol):
     def slope_bounds(self) -> tuple[Tensor, Tensor] | None:
         """Bounds of the Jacobian's diagonal that broadcast against x, if they are known."""
 
+    def of_samples(self, chosen: Tensor) -> Self:
+        """The map for some samples alone; itself, where it is the same for all."""
+
     @property
     def has_wavefront(self) -> bool:
         """Whether :meth:`wavefront` solves it."""
@@ -208,6 +211,8 @@ class FixedPoint(Solver):
                 )
                 if bracket is not None:
                     bracket.keep(running)
+                if (some := map_.of_samples(running)) is not map_:
+                    map_, evaluate = some, some.evaluator()
             if len(active) == 0:
                 break
             error = active_y - active_z
@@ -321,7 +326,8 @@ class Auto(Solver):
         failed = ~(residual <= self.tolerance_for(z.dtype))
         if bool(failed.any()):
             known = None if reference is None else reference[failed]
-            exactly = exact.solve(map_, z[failed], trace=trace, reference=known)
+            some = map_.of_samples(failed)
+            exactly = exact.solve(some, z[failed], trace=trace, reference=known)
             solution = _with_rest(solution, failed, exactly)
         return solution
 

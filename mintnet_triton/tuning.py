@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mintnet_triton.checks import check_positive
 from mintnet_triton.kernels import BackendError, use_backend
 from mintnet_triton.mint import MintLayer
+from mintnet_triton.views import twin
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -57,6 +58,9 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
     from mintnet_triton.kernels._library import compute_dtype
     from mintnet_triton.kernels.gpu import configs, launching
 
+    if layer.context is not None:  # which changes nothing of its convolutions
+        layer = twin(layer)
+        layer.context = None
     weight = layer.conv2.weight
     x = torch.randn(batch, layer.channels, *layer.size, dtype=weight.dtype, device=weight.device)
     _step(layer, x)

@@ -1,12 +1,14 @@
 """Does a model do what it says? Triangularity, log-determinant and round trip, checked."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mintnet_triton.calculus import TriangularMap
-from mintnet_triton.inverse import Invertible, as_invertible, invert
+from mintnet_triton.inverse import Invertible, Stage, as_invertible, given_stages, invert
 from mintnet_triton.ordering import Ordering
 from mintnet_triton.solvers import max_error, relative_residual
 
@@ -65,7 +67,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify(model: Invertible, x: Tensor) -> VerifyReport:
+def verify(model: Invertible, x: Tensor, context: Tensor | None = None) -> VerifyReport:
     """Check a layer, a pair, a network or anything of the calculus at x.
 
     In float64, for every triangular layer at the input that it gets: autograd's Jacobian must be
@@ -78,19 +80,23 @@ def verify(model: Invertible, x: Tensor) -> VerifyReport:
     Args:
         model: what to check; it is not changed.
         x: (B, ...), inputs of the model.
+        context: as the model takes it, one row a sample.
 
     Raises:
-        TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
+        TypeError, ValueError: x or context is not a finite tensor of the right shape, dtype and
+            device, or context is missing or superfluous.
     """
     model = as_invertible("model", model)
     model.check("x", x, model.input_shape)
     if not len(x):
         raise ValueError("x must have at least one sample, got none")
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        y, log_det = model(x)
-    result = invert(model, y)
+        y, log_det = model(x) if context is None else model(x, context)
+    result = invert(model, y, context=context)
 
-    stages = [("", model)] if isinstance(model, TriangularMap) else list(model.stages())
+    stages: Iterable[tuple[str, Stage]] = given_stages(model, context)
+    if isinstance(model, TriangularMap):
+        stages = [("", model.given(context))]
     point = x.detach().double()
     exact_log_det = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     reports = []
@@ -118,19 +124,24 @@ def _relative(values: Tensor, exact: Tensor) -> Tensor:
     return (values - exact).abs() / exact.abs().clamp(min=1)
 
 
+def _jacobian(layer: TriangularMap, sample: Tensor, number: int) -> Tensor:
+    """Autograd's, of a layer at a sample of that number."""
+    evaluate = layer.of_samples(torch.tensor([number], device=sample.device)).evaluator()
+    jacobian = torch.func.jacrev(lambda v: evaluate(v[None])[0][0], chunk_size=64)(sample)
+    return cast(Tensor, jacobian.detach().reshape(sample.numel(), sample.numel()))
+
+
 def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
     shape = x.shape[1:]
     # A map that fits any order must be triangular both ways.
     both = [Ordering(triangle="lower"), Ordering(triangle="upper")]
     orderings = [layer.ordering] if layer.ordering else both
-    evaluate = layer.evaluator()
     with torch.no_grad():
         log_dets = layer._forward(x)[1]
     above: list[Tensor] = []
     errors: list[Tensor] = []
-    for sample, log_det in zip(x, log_dets, strict=True):
-        jacobian = torch.func.jacrev(lambda v: evaluate(v[None])[0][0], chunk_size=64)(sample)
-        jacobian = jacobian.detach().reshape(shape.numel(), shape.numel())
+    for number, (sample, log_det) in enumerate(zip(x, log_dets, strict=True)):
+        jacobian = _jacobian(layer, sample, number)
         for ordering in orderings:
             order = ordering.rank(*shape).flatten().argsort().to(x.device)
             above.append(jacobian[order][:, order].triu(1).abs().max())

@@ -28,6 +28,13 @@ class Viewable(Protocol):
         """The same map with these for what :meth:`tensors` gave."""
 
 
+def twin(module: AnyModule) -> AnyModule:
+    """Another module of the same attributes and hooks, whose own attributes may be set."""
+    other: AnyModule = object.__new__(type(module))
+    other.__dict__.update(vars(module))
+    return other
+
+
 def shallow(module: AnyModule) -> AnyModule:
     """Another module with the same attributes, whose own may be set."""
     # Not by the class itself, which may be one that a library has put in place of the user's.

@@ -293,10 +293,38 @@ def slopes_of_row(activation, canvas, y, channels, lines, row):
 
 
 @compiled
-def hidden_layer(loops, source, conv, bias, activation, target, before, centres, diagonal, lines):
+def add_shift(shift, start, channel, y, line, lines):
+    """Add to a row of a channel what a context does, in samples from ``start`` on.
+
+    Args:
+        shift: (B, channels, 1 or H, 1 or W).
+    """
+    row = min(y, shift.shape[2] - 1)
+    for n in range(min(lines.group, len(shift) - start)):
+        for x in range(lines.width):
+            line[x * lines.group + n] += shift[start + n, channel, row, min(x, shift.shape[3] - 1)]
+
+
+@compiled
+def add_shift_gradient(line, start, channel, y, by_shift, lines):
+    """Add the gradient by a row of pre-activations to that by the shift."""
+    row = min(y, by_shift.shape[2] - 1)
+    for n in range(min(lines.group, len(by_shift) - start)):
+        for x in range(lines.width):
+            by_shift[start + n, channel, row, min(x, by_shift.shape[3] - 1)] += line[
+                x * lines.group + n
+            ]
+
+
+@compiled
+def hidden_layer(
+    loops, source, conv, bias, shift, start, activation, target, before, centres, diagonal, lines
+):
     """A hidden layer of a group, and, for the second, what the diagonal receives.
 
     Args:
+        shift: as :func:`add_shift` has it, of all samples, of which the group begins at ``start``;
+            or empty.
         target: the values of the hidden layer's canvas, to write to.
         before: the first hidden layer, which gives the second's share of the diagonal; else empty.
         centres: a convolution by the joined centre weights.
@@ -321,6 +349,8 @@ def hidden_layer(loops, source, conv, bias, activation, target, before, centres,
             first, rows = tiles[tile, 0], tiles[tile, 1]
             for m in range(rows):
                 set_all(sums[m * length :][:length], bias[first + m])
+                if len(shift):
+                    add_shift(shift, start, first + m, y, sums[m * length :], lines)
             add_tile(loops, conv, tile, source, y, lines, sums, table)
             bend(activation, sums[: rows * length], h[: rows * length], bits[: rows * length])
             for m in range(rows):
@@ -340,7 +370,11 @@ def hidden_layer(loops, source, conv, bias, activation, target, before, centres,
 
 @compiled
 def output_layer(loops, source, conv, bias, factor, images, start, results, lines):
-    """A convolution of a canvas, plus bias, plus factor times the images, (B, C, H, W)."""
+    """A convolution of a canvas, plus bias, plus factor times the images, (B, C, H, W).
+
+    Args:
+        factor: (1 or B, C, H, W).
+    """
     tiles = conv[0]
     length = lines.length
     table = np.empty(3 * (len(conv[1]) + 1), np.int64)
@@ -355,20 +389,23 @@ def output_layer(loops, source, conv, bias, factor, images, start, results, line
             for m in range(rows):
                 c = first + m
                 for n in range(samples):
+                    t = factor[min(start + n, len(factor) - 1), c, y]
                     for x in range(lines.width):
                         results[start + n, c, y, x] = (
                             sums[m * length + x * lines.group + n]
-                            + factor[c, y, x] * images[start + n, c, y, x]
+                            + t[x] * images[start + n, c, y, x]
                         )
 
 
 @compiled
 def forward_groups(
-    loops, groups, x, t, convs, biases, centres, activation, kept, y, diagonal, lines
+    loops, groups, x, t, convs, biases, shifts, centres, activation, kept, y, diagonal, lines
 ):
     """The layer for some groups.
 
     Args:
+        t: (1 or B, C, H, W).
+        shifts: of both hidden layers, as :func:`add_shift` has them, or empty.
         convs: three, each tiles, taps and weights.
         kept: canvases (groups, ...) of both hidden layers, or of one group, to be used by all.
         diagonal: (B, C, H, W) to write to, or empty.
@@ -382,24 +419,27 @@ def forward_groups(
         put_images(x, start, images.values, lines)
         h1, h2 = first[g % len(first)], second[g % len(second)]
         hidden_layer(
-            loops, images, convs[0], biases[0], activation, h1, nothing, centres, nothing, lines
-        )
+            loops, images, convs[0], biases[0], shifts[0], start, activation, h1, nothing, centres,
+            nothing, lines,
+        )  # fmt: skip
         sums = np.zeros(lines.height * colours * lines.length if diagonal.size else 0, np.float32)
         before = h1 if diagonal.size else nothing
         first_hidden = sheet_of(h1, hidden, lines)
         hidden_layer(
-            loops, first_hidden, convs[1], biases[1], activation, h2, before, centres, sums, lines
-        )
+            loops, first_hidden, convs[1], biases[1], shifts[1], start, activation, h2, before,
+            centres, sums, lines,
+        )  # fmt: skip
         second_hidden = sheet_of(h2, hidden, lines)
         output_layer(loops, second_hidden, convs[2], biases[2], t, x, start, y, lines)
         if diagonal.size:
             for n in range(min(lines.group, len(x) - start)):
+                own = min(start + n, len(t) - 1)
                 for c in range(colours):
                     for i in range(lines.height):
                         place = (i * colours + c) * lines.length + n
                         for j in range(lines.width):
                             diagonal[start + n, c, i, j] = (
-                                t[c, i, j] + sums[place + j * lines.group]
+                                t[own, c, i, j] + sums[place + j * lines.group]
                             )
 
 
@@ -414,8 +454,9 @@ def sum_of(values):
 
 @compiled
 def hidden_gradient(
-    loops, source, conv, own, other, centres, by_diagonal, activation, target, by_bias, lines
-):
+    loops, source, conv, own, other, centres, by_diagonal, activation, target, by_bias, by_shift,
+    start, lines,
+):  # fmt: skip
     """The gradient by a hidden layer's pre-activations: ``s (r + g v s')``.
 
     Args:
@@ -425,6 +466,7 @@ def hidden_gradient(
         by_diagonal: g, (H, C, length) flat.
         target: the values of a canvas of zeros, to write to.
         by_bias: to add to.
+        by_shift: as :func:`add_shift` has shifts, to add to; or empty.
     """
     tiles = conv[0]
     outputs = len(by_bias)
@@ -455,6 +497,8 @@ def hidden_gradient(
                 for i in range(length):
                     r[i] = s[i] * (r[i] + g[i] * v[i] * d[i])
                 by_bias[first + m] += sum_of(r[: lines.pixels])
+                if len(by_shift):
+                    add_shift_gradient(r, start, first + m, y, by_shift, lines)
                 put_line(r, target, place, lines)
 
 
@@ -536,7 +580,7 @@ def backward_groups(
         plans: tiles and taps of the gradients by the weights of three convolutions and by the
             centres.
         by_x: (B, C, H, W) to write to.
-        by_biases: of both hidden layers, to add to.
+        by_biases: of both hidden layers, and by their shifts (empty, if there are none), to add to.
         by_weights: four, (outputs, inputs, k, k), to add to; empty if they are not wanted.
     """
     by_y, by_diagonal = upstream
@@ -557,11 +601,11 @@ def backward_groups(
         put_images(by_diagonal, start, to_diagonal, bare)
         hidden_gradient(
             loops, to_y, convs[0], h2, h1, centres[0], to_diagonal, activation, by_a2.values,
-            by_biases[1], lines,
+            by_biases[1], by_biases[3], start, lines,
         )  # fmt: skip
         hidden_gradient(
             loops, by_a2, convs[1], h1, h2, centres[1], to_diagonal, activation, by_a1.values,
-            by_biases[0], lines,
+            by_biases[0], by_biases[2], start, lines,
         )  # fmt: skip
         output_layer(loops, by_a1, convs[2], bias, t, by_y, start, by_x, lines)
         if not by_weights[0].size:

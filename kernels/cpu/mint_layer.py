@@ -5,7 +5,7 @@ shared among threads, and the whole becomes two operators with a gradient.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,14 @@ from mintnet_triton.kernels.cpu.canvas import (
 from mintnet_triton.kernels.cpu.threads import share
 from mintnet_triton.kernels.cpu.tiles import LOOPS, MOST, OUTPUTS, VECTOR
 from mintnet_triton.kernels.reference import (
+    Condition,
     MintWeights,
     Structure,
     centres_of,
     join,
+    per_pixel,
+    scaled,
+    shifted,
     with_centres,
 )
 
@@ -87,7 +91,7 @@ class Packed(NamedTuple):
     convs: tuple[Conv, Conv, Conv]
     biases: tuple[Array, Array, Array]
     centres: Conv
-    t: Array
+    t: Array  # (1 or B, C, H, W)
     radius: int  # of the largest kernel
 
 
@@ -143,15 +147,16 @@ def pack_layer(parts: Sequence[Tensor], order: str, triangle: str) -> Packed:
     """Pack three weights and biases, one after the other, and t."""
     parts = [part.detach().contiguous() for part in parts]
     weights, biases, t = parts[:6:2], parts[1:6:2], parts[6]
+    colours = len(biases[2])
     # Copies, for these are parameters, and what numpy has seen can no longer be freed and taken up
     # again, as sharded parameters are.
     bias1, bias2, bias3 = (bias.clone() for bias in biases)
-    first, second, third = (_pack(weight.numpy(), len(t), order, triangle) for weight in weights)
+    first, second, third = (_pack(weight.numpy(), colours, order, triangle) for weight in weights)
     return Packed(
         (first, second, third),
         (bias1.numpy(), bias2.numpy(), bias3.numpy()),
         _pack_centres(join(*centres_of(*weights)).numpy()),
-        t.numpy(),
+        _of_samples(t),
         _radius(weights),
     )
 
@@ -161,11 +166,30 @@ def _radius(weights: Sequence[Any]) -> int:
     return max(int(weight.shape[-1]) for weight in weights) // 2
 
 
+def _of_samples(values: Tensor | None) -> Array:
+    """What samples have of their own, or share, as (1 or B, n, ...); nothing has no samples."""
+    if values is None:
+        return np.empty((0, 1, 1, 1), np.float32)
+    values = values.detach().contiguous()
+    return (values.unsqueeze(0) if values.ndim == 3 else per_pixel(values)).numpy()
+
+
 def run_forward(
-    x: Tensor, packed: Packed, activation: str, diagonal: bool, keep: bool, group: int
+    x: Tensor,
+    packed: Packed,
+    shifts: Sequence[Tensor | None],
+    activation: str,
+    diagonal: bool,
+    keep: bool,
+    group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the diagonal, and canvases of both hidden layers; what is not wanted is empty."""
+    """y, the diagonal, and canvases of both hidden layers; what is not wanted is empty.
+
+    Args:
+        shifts: of both hidden layers, (B, C*K) or (B, C*K, H, W), or None.
+    """
     x = x.contiguous()
+    first, second = (_of_samples(shift) for shift in shifts)
     lines = lines_of(x.shape[2], x.shape[3], group, packed.radius)
     y, to_diagonal, h1, h2 = _results(x, len(packed.biases[0]), lines, diagonal, keep)
     groups = ceil_divide(len(x), lines.group)
@@ -174,8 +198,8 @@ def run_forward(
         size = size_of(len(packed.biases[0]), lines)
         kept = (h1, h2) if keep else (x.new_empty(1, size), x.new_empty(1, size))
         forward_groups(
-            LOOPS, some, x.numpy(), packed.t, packed.convs, packed.biases, packed.centres,
-            NAMES.index(activation), tuple(one.numpy() for one in kept), y.numpy(),
+            LOOPS, some, x.numpy(), packed.t, packed.convs, packed.biases, (first, second),
+            packed.centres, NAMES.index(activation), tuple(one.numpy() for one in kept), y.numpy(),
             to_diagonal.numpy(), lines,
         )  # fmt: skip
 
@@ -197,7 +221,7 @@ def _results(
     )
 
 
-def _layer(
+def _layer(  # noqa: PLR0913 (tensors, one by one)
     x: Tensor,
     weight1: Tensor,
     bias1: Tensor,
@@ -212,19 +236,21 @@ def _layer(
     diagonal: bool,
     keep: bool,
     group: int,
+    shift1: Tensor | None = None,
+    shift2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
-    packed = pack_layer(parts, order, triangle)
-    return run_forward(x.detach(), packed, activation, diagonal, keep, group)
+    packed, shifts = pack_layer(parts, order, triangle), (shift1, shift2)
+    return run_forward(x.detach(), packed, shifts, activation, diagonal, keep, group)
 
 
 def _layer_fake(x: Tensor, *parts_and_structure: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, (diagonal, keep, group) = parts_and_structure[:6:2], parts_and_structure[-3:]
+    weights, (diagonal, keep, group) = parts_and_structure[:6:2], parts_and_structure[10:13]
     lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
     return _results(x, len(weights[0]), lines, diagonal, keep)
 
 
-def _backward(
+def _backward(  # noqa: PLR0913 (tensors, one by one)
     x: Tensor,
     h1: Tensor,
     h2: Tensor,
@@ -239,12 +265,15 @@ def _backward(
     activation: str,
     by_weights: bool,
     group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shift1: Tensor | None = None,
+    shift2: Tensor | None = None,
+) -> list[Tensor]:
     weights = [one.detach().contiguous() for one in (weight1, weight2, weight3)]
-    positive, inputs, upstream, to_diagonal = (
-        one.detach().contiguous().numpy() for one in (t, x, by_y, by_diagonal)
+    inputs, upstream, to_diagonal = (
+        one.detach().contiguous().numpy() for one in (x, by_y, by_diagonal)
     )
-    colours, hidden = len(positive), len(weight2)
+    positive = _of_samples(t)
+    colours, hidden = len(weight3), len(weight2)
     units = hidden // colours
     lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
     convs = tuple(
@@ -260,6 +289,9 @@ def _backward(
     sums = [
         [np.zeros(shape, np.float32) for shape in ((hidden,), (hidden,), *summed)] for _ in shares
     ]
+    # Samples have shifts of their own, and threads have samples of their own.
+    by_shifts = [_zeros_like(shift) for shift in (shift1, shift2)]
+    of_samples = tuple(_of_samples(one) for one in by_shifts)
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = h1.numpy(), h2.numpy()
 
@@ -267,7 +299,8 @@ def _backward(
         some, own = part
         backward_groups(
             LOOPS, some, inputs, positive, kept, (upstream, to_diagonal), convs, both, plans,
-            NAMES.index(activation), by_x.numpy(), tuple(own[:2]), tuple(own[2:]), lines,
+            NAMES.index(activation), by_x.numpy(), (*own[:2], *of_samples), tuple(own[2:]),
+            lines,
         )  # fmt: skip
 
     share(zip(shares, sums, strict=True), work)
@@ -279,14 +312,22 @@ def _backward(
         blocks = by_dense.view(colours, units, colours, units)
         by_joined = torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
         _add_gradient_by_centres(by_joined, weights, by_three)
-    return by_x, by_bias1, by_bias2, by_three[0], by_three[1], by_three[2]
+    found = (by_x, by_bias1, by_bias2, *by_three, *by_shifts)
+    return [one for one in found if one is not None]
 
 
-def _backward_fake(
+def _zeros_like(shift: Tensor | None) -> Tensor | None:
+    if shift is None:
+        return None
+    return torch.zeros_like(shift, memory_format=torch.contiguous_format)
+
+
+def _backward_fake(  # noqa: PLR0913 (tensors, one by one)
     x: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor, by_diagonal: Tensor, weight1: Tensor,
     weight2: Tensor, weight3: Tensor, t: Tensor, order: str, triangle: str,
-    activation: str, by_weights: bool, group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    activation: str, by_weights: bool, group: int, shift1: Tensor | None = None,
+    shift2: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     contiguous = torch.contiguous_format
     by_x = torch.empty_like(x, memory_format=contiguous)
     biases = x.new_empty(len(weight2)), x.new_empty(len(weight2))
@@ -294,14 +335,15 @@ def _backward_fake(
         torch.empty_like(one, memory_format=contiguous) if by_weights else x.new_empty(0, 0, 0, 0)
         for one in (weight1, weight2, weight3)
     )
-    first, second, third = weights
-    return by_x, *biases, first, second, third
+    shifts = (_zeros_like(shift) for shift in (shift1, shift2))
+    return [one for one in (by_x, *biases, *weights, *shifts) if one is not None]
 
 
 layer_op = register(
     "mint_layer_cpu(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
     "Tensor weight3, Tensor bias3, Tensor t, str order, str triangle, "
-    "str activation, bool diagonal, bool keep, SymInt group) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str activation, bool diagonal, bool keep, SymInt group, Tensor? shift1=None, "
+    "Tensor? shift2=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _layer,
     _layer_fake,
     devices=("CPU",),
@@ -309,8 +351,8 @@ layer_op = register(
 backward_op = register(
     "mint_layer_cpu_backward(Tensor x, Tensor h1, Tensor h2, Tensor by_y, Tensor by_diagonal, "
     "Tensor weight1, Tensor weight2, Tensor weight3, Tensor t, str order, "
-    "str triangle, str activation, bool by_weights, SymInt group) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str triangle, str activation, bool by_weights, SymInt group, Tensor? shift1=None, "
+    "Tensor? shift2=None) -> Tensor[]",
     _backward,
     _backward_fake,
     devices=("CPU",),
@@ -336,20 +378,21 @@ def products(plans: Sequence[Plan | Conv], lines: Lines, groups: int) -> int:
 
 @register_flop_formula(layer_op.overloadpacket, get_raw=True)
 def _layer_flops(x: Tensor, *parts_and_structure: Any, out_val: object) -> int:
-    weights, t = parts_and_structure[:6:2], parts_and_structure[6]
-    order, triangle, _, diagonal, _, group = parts_and_structure[7:]
-    plans = [_plan_of(one.shape, len(t), order, triangle, MOST) for one in weights]
+    weights = parts_and_structure[:6:2]
+    order, triangle, _, diagonal, _, group = parts_and_structure[7:13]
+    colours = len(weights[2])
+    plans = [_plan_of(one.shape, colours, order, triangle, MOST) for one in weights]
     if diagonal:
-        plans.append(_plan_of((*weights[1].shape[:2], 1, 1), len(t), "own", triangle, MOST))
+        plans.append(_plan_of((*weights[1].shape[:2], 1, 1), colours, "own", triangle, MOST))
     lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
     return 2 * products(plans, lines, ceil_divide(len(x), lines.group))
 
 
 @register_flop_formula(backward_op.overloadpacket, get_raw=True)
 def _backward_flops(x: Tensor, h1: Tensor, *arguments: Any, out_val: object) -> int:
-    weights, t = arguments[3:6], arguments[6]
-    order, triangle, _, by_weights, group = arguments[7:]
-    colours, shapes = len(t), [one.shape for one in weights]
+    weights = arguments[3:6]
+    order, triangle, _, by_weights, group = arguments[7:12]
+    colours, shapes = len(weights[2]), [one.shape for one in weights]
     plans = [
         _plan_of((inputs, outputs, *kernel), colours, order, opposite(triangle), MOST)
         for outputs, inputs, *kernel in shapes
@@ -366,44 +409,48 @@ class _MintLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-        weight3: Tensor, bias3: Tensor, t: Tensor, structure: Structure, diagonal: bool,
-        recompute: bool, group: int,
+        ctx: Any, x: Tensor, structure: Structure, diagonal: bool, recompute: bool, group: int,
+        *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        parts = (weight1, bias1, weight2, bias2, weight3, bias3, t)
         ctx.structure, ctx.group = structure, group
         ctx.diagonal, ctx.recompute = diagonal, recompute
-        y, to_diagonal, h1, h2 = layer_op(x, *parts, *structure, diagonal, not recompute, group)
+        keep = not recompute
+        y, to_diagonal, h1, h2 = layer_op(
+            x, *parts[:7], *structure, diagonal, keep, group, *parts[7:]
+        )
         ctx.save_for_backward(x, *parts, *(() if recompute else (h1, h2)))
         return y, to_diagonal
 
     @staticmethod
     def backward(ctx: Any, by_y: Tensor, by_diagonal: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors  # once: what unpacks them may do so once only
-        parts, hidden = saved[:7], saved[7:]
+        parts, hidden = saved[:9], saved[9:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_plain_gradients(ctx, x, parts, by_y, by_diagonal), *[None] * 4)
-        weight1, _, weight2, _, weight3, _, t = parts
+            by_x, *of_parts = _plain_gradients(ctx, x, parts, by_y, by_diagonal)
+            return by_x, *[None] * 4, *of_parts
+        weight1, _, weight2, _, weight3, _, t, *shifts = parts
         if ctx.recompute:
-            _, _, h1, h2 = layer_op(x, *parts, *ctx.structure, False, True, ctx.group)
+            _, _, h1, h2 = layer_op(x, *parts[:7], *ctx.structure, False, True, ctx.group, *shifts)
         else:
             h1, h2 = hidden
         if not ctx.diagonal:
             by_diagonal = torch.zeros_like(by_y)
-        by_weights = any(ctx.needs_input_grad[1:7])
-        by_x, by_bias1, by_bias2, by_weight1, by_weight2, by_weight3 = backward_op(
+        needed = ctx.needs_input_grad[5:]
+        by_weights = any(needed[:6])
+        by_x, by_bias1, by_bias2, by_weight1, by_weight2, by_weight3, *by_shifts = backward_op(
             x, h1, h2, by_y, by_diagonal, weight1, weight2, weight3, t, *ctx.structure,
-            by_weights, ctx.group,
+            by_weights, ctx.group, *shifts,
         )  # fmt: skip
-        gradients: list[Tensor | None] = [by_x] + [None] * 11
+        by_parts: list[Tensor | None] = [None] * 9
         if by_weights:
             by_bias3 = by_y.sum((0, 2, 3))
-            gradients[1:7] = [
-                by_weight1, by_bias1, by_weight2, by_bias2, by_weight3, by_bias3
-            ]  # fmt: skip
-        if ctx.needs_input_grad[7]:
-            gradients[7] = (by_y * x + by_diagonal).sum(0)
-        return tuple(gradients)
+            by_parts[:6] = by_weight1, by_bias1, by_weight2, by_bias2, by_weight3, by_bias3
+        if needed[6]:
+            by_t = by_y * x + by_diagonal
+            by_parts[6] = by_t if t.ndim == 4 else by_t.sum(0)
+        if by_shifts:
+            by_parts[7:] = by_shifts
+        return by_x, *[None] * 4, *by_parts
 
 
 def _plain_gradients(
@@ -412,10 +459,16 @@ def _plain_gradients(
     """Gradients that can be differentiated again: of the same layer, computed by plain PyTorch."""
     order, triangle, activation = ctx.structure
     inputs = [x, *parts]
-    weights = with_centres(*parts)
+    weights, (shift1, shift2) = with_centres(*parts[:7]), parts[7:]
     function = find_activation(activation)
-    results = reference.mint_forward(x, weights, function, order, triangle)
-    wanted = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    # What else a context changes is done outside.
+    nothing = torch.zeros_like(x)
+    condition = None if shift1 is None else Condition(shift1, shift2, nothing, nothing + 1)
+    results = reference.mint_forward(
+        x, weights, function, order, triangle, reference.call_plainly, condition
+    )
+    is_needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+    wanted = [one for one, needed in zip(inputs, is_needed, strict=True) if needed]
     outputs = 2 if ctx.diagonal else 1
     found = iter(
         torch.autograd.grad(
@@ -423,17 +476,27 @@ def _plain_gradients(
             allow_unused=True,
         )
     )  # fmt: skip
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[: len(inputs)]]
+    return [next(found) if needed else None for needed in is_needed]
 
 
 def packed_forward(
-    x: Tensor, packed: Packed, activation: str, diagonal: bool
+    x: Tensor,
+    packed: Packed,
+    t: Tensor,
+    activation: str,
+    diagonal: bool,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
     group = group_of(x.shape[0], x.shape[3])
     x = x.detach().resolve_neg()  # as torch does for operators
-    y, to_diagonal, _, _ = run_forward(x, packed, activation, diagonal, False, group)
-    return y, to_diagonal
+    shift1, shift2, shift3, _ = condition or (None,) * 4
+    if condition is not None:
+        packed = packed._replace(t=_of_samples(scaled(t, condition)))
+    y, to_diagonal, _, _ = run_forward(
+        x, packed, (shift1, shift2), activation, diagonal, False, group
+    )
+    return shifted(y, shift3), to_diagonal
 
 
 def mint_forward(
@@ -442,6 +505,7 @@ def mint_forward(
     structure: Structure,
     diagonal: bool = True,
     recompute: bool = False,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`.reference.mint_forward`, of float32 tensors, for this package's activations.
 
@@ -449,12 +513,17 @@ def mint_forward(
         diagonal: whether it is wanted; else it is empty.
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
     """
-    parts = (*weights[:6], weights.t)
+    shift1, shift2, shift3, _ = condition or (None,) * 4
+    parts = (*weights[:6], scaled(weights.t, condition), shift1, shift2)
     group = group_of(x.shape[0], x.shape[3])
-    if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *parts)):
-        results = _MintLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-            x, *parts, structure, diagonal, recompute, group
+    if torch.is_grad_enabled() and any(
+        one is not None and one.requires_grad for one in (x, *parts)
+    ):
+        y, to_diagonal = _MintLayer.apply(  # type: ignore[no-untyped-call]  # apply is untyped
+            x, structure, diagonal, recompute, group, *parts
         )
-        return cast(tuple[Tensor, Tensor], results)
-    y, to_diagonal, _, _ = layer_op(x, *parts, *structure, diagonal, False, group)
-    return y, to_diagonal
+    else:
+        y, to_diagonal, _, _ = layer_op(
+            x, *parts[:7], *structure, diagonal, False, group, *parts[7:]
+        )
+    return shifted(y, shift3), to_diagonal

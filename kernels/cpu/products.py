@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mintnet_triton.kernels.activation import Activation
 from mintnet_triton.kernels.canvas import Canvas
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.reference import Condition, MintWeights, scaled, shifted
 
 
 class PaddedImages:
@@ -49,17 +49,19 @@ class PaddedImages:
 
 
 @torch.no_grad()
-def mint_map(x: Tensor, weights: MintWeights, activation: Activation) -> Tensor:
+def mint_map(
+    x: Tensor, weights: MintWeights, activation: Activation, condition: Condition | None = None
+) -> Tensor:
     """y of a Mint layer, (B, C, H, W), float64 as x is."""
     values = x
     for layer, (weight, bias) in enumerate(zip(weights[:6:2], weights[1:6:2], strict=True)):
         batch, channels, height, width = values.shape
         padded = PaddedImages(batch, channels, height, width, weight.shape[-1] // 2)
         padded.put(values, 0)
-        values = padded.convolve(by_tap(weight), bias)
+        values = shifted(padded.convolve(by_tap(weight), bias), condition and condition[layer])
         if layer < 2:
             values = activation.function(values)
-    return values + weights.t * x
+    return values + weights.t * scaled(x, condition)
 
 
 def by_tap(weight: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from mintnet_triton.kernels.fronts import (
     seen_before,
     steepest_share,
 )
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.reference import Condition, MintWeights, shifted
 
 #: lines that are added at once; :func:`add_lines` spells them out
 UNROLL = 8
@@ -457,10 +457,15 @@ def pack_centres(centres: Tensor) -> np.ndarray[Any, Any]:
 
 
 def wavefront(
-    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    triangle: str,
+    condition: Condition | None = None,
 ) -> Wave:
     """As :func:`.fronts.wavefront`, of float64 tensors on a CPU, for this package's activations."""
-    return as_lower(_solve, z, weights, hidden, order, triangle)
+    return as_lower(_solve, z, weights, hidden, order, triangle, condition)
 
 
 class Block(NamedTuple):
@@ -511,7 +516,13 @@ def _colours_of_a_block(colours: int, units: int, order: str) -> int:
 
 
 @torch.no_grad()
-def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str) -> Wave:
+def _solve(
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    condition: Condition | None,
+) -> Wave:
     batch, colours, height, width = z.shape
     radius = max(weight.shape[-1] for weight in weights[:6:2]) // 2
     threads = min(torch.get_num_threads(), batch)
@@ -529,7 +540,7 @@ def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: 
     wave = empty_wave(z)
     starts = range(0, batch, group)
     # A thread does all that its groups need by itself: within a share, torch starts no threads.
-    solve = partial(_solve_groups, z, weights, hidden, order, skew, blocks, wave)
+    solve = partial(_solve_groups, z, weights, hidden, order, condition, skew, blocks, wave)
     share([starts[thread::threads] for thread in range(threads)], solve)
     return wave
 
@@ -540,6 +551,7 @@ def _solve_groups(
     weights: MintWeights,
     hidden: Activation | Slopes,
     order: str,
+    condition: Condition | None,
     skew: Skew,
     blocks: list[Block],
     wave: Wave,
@@ -568,10 +580,13 @@ def _solve_groups(
                 one.convolve(weight, bias)
                 for one, weight, bias in zip(padded, block.before, block.biases, strict=True)
             )
+            if condition is not None:
+                known1 = shifted(known1, condition.shift1[index, block.wide])
+                known2 = shifted(known2, condition.shift2[index, block.wide])
             skew.put(layers[1], known1)
             skew.put(layers[2], known2)
             skew.put(target, z[index, block.own] - known3)
-            skew.put(t, weights.t[block.own].expand(group, -1, -1, -1))
+            skew.put(t, weights.t.expand_as(z)[index, block.own])
             for storage, values in zip(given, slopes, strict=False):
                 skew.put(storage, values[index, block.wide])
             solve_block(

@@ -265,7 +265,9 @@ def pack(weights: MintWeights, order: str, block_n: int) -> MintWeights:
 
 
 @torch.no_grad()
-def _solve(z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str) -> Wave:
+def _solve(
+    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, _: object
+) -> Wave:
     z = z.contiguous()
     wave = empty_wave(z)
     if not z.numel():

@@ -3,13 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mintnet_triton.classifier import MintClassifier
 from mintnet_triton.flow import MintNet, squeeze_positions
@@ -141,6 +141,9 @@ def save(model: MintNet | MintClassifier, path: str | os.PathLike[str]) -> None:
     written. Modes, hooks, ``requires_grad`` and what is compiled are not kept. The file appears
     whole or not at all. Needs the package ``safetensors``.
 
+    Of context networks that a function of the user's has made, the tensors alone are in the file:
+    :func:`load` then needs that function.
+
     Raises:
         TypeError: another kind of model, or one with an activation that has no name.
         CheckpointError: names the module or the tensor that the constructor's arguments and a state
@@ -155,7 +158,8 @@ def save(model: MintNet | MintClassifier, path: str | os.PathLike[str]) -> None:
     if not isinstance(model.arguments["activation"], str):
         raise TypeError("a network whose activation was given as an Activation cannot be saved")
     description = json.dumps({"class": type(model).__name__, "arguments": model.arguments})
-    if difference := untold(model, _described(description)):
+    networks = _networks_of(model) if "context_network" in model.arguments else None
+    if difference := untold(model, _described(description, networks)):
         raise CheckpointError(f"the {type(model).__name__} would not be read back: {difference}")
     path = Path(os.fsdecode(path))
     if path.is_dir():
@@ -175,12 +179,20 @@ def save(model: MintNet | MintClassifier, path: str | os.PathLike[str]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str]) -> MintNet | MintClassifier:
+def load(
+    path: str | os.PathLike[str], context_network: Callable[[int], nn.Module] | None = None
+) -> MintNet | MintClassifier:
     """Read a network that :func:`save` wrote, on the CPU.
+
+    Args:
+        path: of the file.
+        context_network: what the network was made with, if it was: the file has the tensors of
+            these networks, and nothing else of them.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        CheckpointError: the file is damaged or not ours.
+        CheckpointError: the file is damaged or not ours, or context_network is missing, superfluous
+            or does not make networks of the tensors in the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -196,18 +208,50 @@ def load(path: str | os.PathLike[str]) -> MintNet | MintClassifier:
     if description is None:
         raise CheckpointError(f"{path}: a safetensors file, but not of a network of this library")
     try:
-        model = _described(description)
+        model = _described(description, context_network)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not describe a network: {error!r}") from error
     _load_strictly(model, state, path, assign=True)  # with the dtypes of the file
     return model
 
 
-def _described(description: str) -> MintNet | MintClassifier:
-    """The network on the meta device, which takes neither memory nor random numbers."""
+def _described(
+    description: str, context_network: Callable[[int], nn.Module] | None
+) -> MintNet | MintClassifier:
+    """The network on the meta device, which takes neither memory nor random numbers.
+
+    Raises:
+        CheckpointError: context_network is missing or superfluous.
+    """
     parsed = json.loads(description)
+    kind, arguments = _CLASSES[parsed["class"]], parsed["arguments"]
+    own = arguments.pop("context_network", False)
+    if own and context_network is None:
+        raise CheckpointError(
+            "its context networks were made by a function of the user's, and the file has their "
+            "tensors alone: load(path, context_network=...) needs that function"
+        )
+    if context_network is not None and not own:
+        raise CheckpointError("it was made without a context_network, but one was given")
+
+    def on_cpu(outputs: int) -> nn.Module:  # a network of the user's may hold more than its state
+        assert context_network is not None
+        with torch.device("cpu"):
+            return context_network(outputs)
+
+    if own:
+        arguments["context_network"] = on_cpu
     with torch.device("meta"):
-        return _CLASSES[parsed["class"]](**parsed["arguments"])
+        return kind(**arguments)
+
+
+def _networks_of(model: nn.Module) -> Callable[[int], nn.Module]:
+    """What gives the context networks of a model, one after the other."""
+    layers = (layer for layer in model.modules() if isinstance(layer, MintLayer))
+    networks = (layer.context_network for layer in layers)
+    return lambda outputs: cast(nn.Module, next(networks))
 
 
 def _read_authors_list(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -356,7 +400,7 @@ def _first(layers: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, Tensor], 
 
 
 def _load_strictly(
-    module: torch.nn.Module,
+    module: nn.Module,
     state: Mapping[str, Tensor],
     path: object = "state",
     assign: bool = False,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import mintnet_triton as mint
 from tests import golden
@@ -276,3 +277,57 @@ def test_save_refuses_what_it_cannot_describe(tmp_path: Path) -> None:
     )
     with pytest.raises(TypeError, match="given as an Activation cannot be saved"):
         mint.save(mint.MintNet(1, 4, 1, 2, 0, activation=own), tmp_path / "x")
+
+
+def conditional_flow(**arguments: Any) -> mint.MintNet:
+    torch.manual_seed(0)
+    flow = mint.MintNet(1, 8, pairs=2, hidden=4, squeezes=1, context=3, **arguments).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return flow
+
+
+class Fourier(nn.Module):
+    """Has state that no state dict has."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("waves", torch.arange(1.0, 3).double(), persistent=False)
+        self.last = nn.Linear(6, outputs)
+
+    def forward(self, context: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.waves, torch.Tensor)
+        values: torch.Tensor = self.last((context[:, :, None] * self.waves).sin().flatten(1))
+        return values
+
+
+def test_conditional_flows(tmp_path: Path) -> None:
+    x, context = torch.randn(2, 1, 8, 8).double(), torch.randn(2, 3).double()
+    for made in (None, Fourier, lambda outputs: nn.Linear(3, outputs)):
+        flow, path = conditional_flow(context_network=made), tmp_path / "flow.safetensors"
+        mint.save(flow, path)
+        again = mint.load(path, context_network=made)
+        assert isinstance(again, mint.MintNet)
+        assert again.arguments == flow.arguments
+        for ours, theirs in zip(again(x, context), flow(x, context), strict=True):
+            assert torch.equal(ours, theirs)
+        torch.testing.assert_close(again.inverse(again(x, context)[0], context=context)[0], x)
+
+
+def test_context_networks_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "flow.safetensors"
+    mint.save(conditional_flow(context_network=Fourier), path)
+    with pytest.raises(mint.CheckpointError, match=r"load\(path, context_network=...\) needs"):
+        mint.load(path)
+    with pytest.raises(mint.CheckpointError, match="Missing key"):
+        mint.load(path, context_network=lambda outputs: nn.Linear(3, outputs))
+    mint.save(conditional_flow(), path)
+    with pytest.raises(mint.CheckpointError, match="made without a context_network"):
+        mint.load(path, context_network=Fourier)
+    flow = conditional_flow()
+    layer = flow.get_submodule("layers.0.0")
+    assert isinstance(layer, mint.MintLayer)
+    layer.context_network = Fourier(2 * 4 + 2).double()
+    with pytest.raises(mint.CheckpointError, match=r"'layers.0.0.context_network' is of the type"):
+        mint.save(flow, path)

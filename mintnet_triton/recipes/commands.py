@@ -16,10 +16,12 @@ from mintnet_triton.classifier import MintClassifier
 from mintnet_triton.flow import MintNet
 from mintnet_triton.inverse import invert
 from mintnet_triton.recipes import figures
+from mintnet_triton.recipes.batches import evaluation_batches
 from mintnet_triton.recipes.data import DataName, ImageData, load_images
 from mintnet_triton.recipes.evaluation import (
     as_json,
     as_table,
+    classify_by_density,
     evaluate,
     evaluate_inversion,
 )
@@ -70,9 +72,11 @@ def train_preset(
     Raises:
         ValueError: the data do not fit the preset; and all that :func:`.train` raises.
     """
-    experiment = read_experiment(preset, task, changes)
+    asked = read_experiment(preset, task, changes)
     with joined(device or default_device()) as place:
-        data = load_images(data_name, data_folder, labelled=task == "classify")
+        labelled = task == "classify" or asked.condition
+        data = load_images(data_name, data_folder, labelled=labelled)
+        experiment = asked.for_classes(data.classes)
         _check_fits(experiment, data, preset)
         model = new_model(experiment).to(place)
         objective = make_objective(task, experiment.data)
@@ -158,7 +162,8 @@ def evaluate_run(
     Args:
         folder: of the run.
         checkpoint: as :func:`load_run` takes it.
-        draws: of the dequantisation noise; a classifier needs one.
+        draws: of the dequantisation noise; a classifier needs one. A density for each class is
+            judged as a classifier, too (:func:`.classify_by_density`).
         inversions: test images that a flow maps to latents and back.
         data_folder: as :func:`.load_images` takes it.
         device: a GPU if there is one.
@@ -169,7 +174,8 @@ def evaluate_run(
     inversions = check_integer("inversions", inversions, least=0)
     run = load_run(folder, checkpoint, device or default_device())
     flow = isinstance(run.objective, Density)
-    test = load_images(run.data, data_folder, labelled=not flow).test
+    labelled = not isinstance(run.objective, Density) or run.objective.classes is not None
+    test = load_images(run.data, data_folder, labelled=labelled).test
     evaluation = evaluate(run.model, test, run.objective, draws if flow else 1)
     report = {
         "data": run.data,
@@ -179,8 +185,10 @@ def evaluate_run(
         "test": evaluation.summary(),
     }
     if isinstance(run.objective, Density) and isinstance(run.model, MintNet) and inversions:
-        images = figures.first_images(test, inversions)
-        report["inversion"] = evaluate_inversion(run.model, images, run.objective)
+        images, labels, _ = next(evaluation_batches(test, inversions))
+        report["inversion"] = evaluate_inversion(run.model, images, run.objective, labels=labels)
+    if isinstance(run.objective, Density) and run.objective.classes is not None:
+        report["classification"] = classify_by_density(run.model, test, run.objective, draws)
     (folder / "evaluation.json").write_text(
         json.dumps(as_json(report), indent=2) + "\n", encoding="utf-8"
     )
@@ -198,7 +206,9 @@ def sample_run(
 ) -> tuple[int, float]:
     """Draw images; writes ``samples.npy`` (n, C, H, W), int64, and ``samples.png``.
 
-    Only samples whose inversion converged are written.
+    Only samples whose inversion converged are written. Where there is a density for each class, all
+    have as many samples, to within one, in rows of the picture, and ``labels.npy`` (n,), int64, has
+    the classes.
 
     Returns:
         How many converged, and the largest residual.
@@ -211,11 +221,16 @@ def sample_run(
     number = check_integer("number", number, least=1)
     generator = torch.Generator().manual_seed(seed)
     z = temperature * torch.randn(number, *flow.latent_shape, generator=generator)
-    result = invert(flow, z.to(next(flow.parameters()).device))
-    preprocess = objective.preprocess()
-    images = preprocess.to_images(result.x[result.converged]).cpu()
+    like, labels = next(flow.parameters()), objective.labels(number)
+    context = None if labels is None else objective.context(labels, like)
+    result = invert(flow, z.to(like.device), context=context)
+    preprocess, found = objective.preprocess(), result.converged.cpu()
+    images = preprocess.to_images(result.x.cpu()[found])
     np.save(folder / "samples.npy", images.numpy())
-    figures.image_grid(images, objective.levels).savefig(folder / "samples.png", dpi=150)
+    if labels is not None:
+        labels = labels[found]
+        np.save(folder / "labels.npy", labels.numpy())
+    figures.sample_sheet(images, labels, objective).savefig(folder / "samples.png", dpi=150)
     return len(images), float(result.residual.max())
 
 
@@ -238,8 +253,11 @@ def draw_run(
     }
     if isinstance(run.model, MintNet):
         flow, objective = _flow_of(run)
-        test = figures.first_images(load_images(run.data, data_folder).test, 16)
-        drawn |= figures.paper_figures(flow, objective, test, ALPHAS, ITERATIONS)
+        conditional = objective.classes is not None
+        test = load_images(run.data, data_folder, labelled=conditional).test
+        images, labels, _ = next(evaluation_batches(test, 16))
+        given = labels if conditional else None
+        drawn |= figures.paper_figures(flow, objective, images, ALPHAS, ITERATIONS, given)
     paths = []
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")

@@ -1,8 +1,8 @@
 """How good a trained model is: over every image, and with the noise of the measurement."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from mintnet_triton.checks import NonFiniteError, check_integer
 from mintnet_triton.inverse import Invertible, invert
 from mintnet_triton.mint import frozen
 from mintnet_triton.recipes.batches import evaluation_batches, generator
-from mintnet_triton.recipes.data import Split
+from mintnet_triton.recipes.data import Sample, Split
 from mintnet_triton.recipes.objectives import Density, Objective, Scores
 from mintnet_triton.solvers import Solver, max_error
 
@@ -99,6 +99,23 @@ def evaluate(
     return Evaluation(torch.cat(losses, 1), torch.cat(metrics, 1), objective, dimensions)
 
 
+@dataclass(frozen=True)
+class _Relabelled:
+    """A split whose images all have the same label."""
+
+    split: Split
+    label: int
+
+    def order(self, shuffle: tuple[int, int] | None = None, start: int = 0) -> Iterator[Any]:
+        return self.split.order(shuffle, start)
+
+    def fetch(self, handle: Any) -> Sample:
+        return replace(self.split.fetch(handle), label=self.label)
+
+    def count(self) -> int | None:
+        return self.split.count()
+
+
 def _scores(model: nn.Module, objective: Objective, inputs: Tensor, labels: Tensor) -> Scores:
     """Scores, NaN for an image that the model cannot take."""
     try:
@@ -114,6 +131,48 @@ def _scores(model: nn.Module, objective: Objective, inputs: Tensor, labels: Tens
         return Scores(*(torch.cat(values) for values in zip(*alone, strict=True)))
 
 
+def classify_by_density(
+    model: nn.Module,
+    split: Split,
+    objective: Density,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """Classify every image of a split by Bayes' rule, with classes equally likely beforehand.
+
+    The density of an image is the mean over draws of the noise, the same for all classes.
+
+    Args:
+        model: a density for each class, as :mod:`.objectives` has it.
+        split, draws, seed, batch_size: as of :func:`evaluate`.
+        objective: with classes.
+
+    Returns:
+        ``images``; ``accuracy``, the share whose label is the likeliest class; its
+        ``standard_error``. A class whose density is not finite is not chosen.
+
+    Raises:
+        ValueError: the objective has no classes, the split is empty, or draws is below 1.
+    """
+    if objective.classes is None:
+        raise ValueError("the density is one for all classes: train it with condition=true")
+    as_if = [
+        evaluate(model, _Relabelled(split, label), objective, draws, seed, batch_size)
+        for label in range(objective.classes)
+    ]
+    labels = [batch for _, batch, _ in evaluation_batches(split, batch_size)]
+    bits = torch.stack([evaluation.metric for evaluation in as_if])
+    nats = bits * (math.log(2) * as_if[0].dimensions)
+    log_density = torch.logsumexp(-nats, 1).nan_to_num(nan=-math.inf)
+    right = (log_density.argmax(0) == torch.cat(labels)).double()
+    return {
+        "images": len(right),
+        "accuracy": float(right.mean()),
+        "standard_error": _standard_error(right),
+    }
+
+
 @torch.no_grad()
 def evaluate_inversion(
     model: Invertible,
@@ -121,6 +180,7 @@ def evaluate_inversion(
     objective: Density,
     seed: int = 0,
     solver: Solver | None = None,
+    labels: Tensor | None = None,
 ) -> dict[str, Any]:
     """Map images to latents and back.
 
@@ -130,6 +190,7 @@ def evaluate_inversion(
         objective: that it was trained for.
         seed: of the dequantisation noise.
         solver: of the inverse; ``Auto()`` if None.
+        labels: (B,), int64, of the images, where the objective has classes.
 
     Returns:
         ``images``; ``converged`` of them; ``largest_residual``; ``largest_error`` and
@@ -140,10 +201,12 @@ def evaluate_inversion(
     like = next(model.parameters())
     rngs = [generator(seed, "evaluation", 0, index) for index in range(len(images))]
     x, _ = objective.logits(objective.inputs(images, rngs).to(like.device), like)
+    context = None if labels is None else objective.context(labels.to(like.device), like)
     with frozen(model):
-        z, _ = model(x)
+        z, _ = model(x) if context is None else model(x, context)
         finite = z.flatten(1).isfinite().all(1)
-        result = invert(model, z[finite], solver)
+        own = None if context is None else context[finite]
+        result = invert(model, z[finite], solver, context=own)
     errors = max_error(result.x, x[finite]).double()
     preprocess = objective.preprocess()
     again = preprocess.to_images(result.x).cpu() == images[finite.cpu()]

@@ -62,7 +62,11 @@ def image_grid(images: Tensor, levels: int, columns: int = 8) -> Figure:
 
 
 def reconstruction_errors(
-    model: Invertible, x: Tensor, alphas: list[float], iterations: list[int]
+    model: Invertible,
+    x: Tensor,
+    alphas: list[float],
+    iterations: list[int],
+    context: Tensor | None = None,
 ) -> dict[float, Tensor]:
     """Error of x after so many fixed-point iterations in each layer (Figure 4a of the paper).
 
@@ -71,19 +75,20 @@ def reconstruction_errors(
         x: (B, ...), inputs of the model.
         alphas: steps to try.
         iterations: numbers of iterations per layer.
+        context: as the model takes it, one row a sample.
 
     Returns:
         alpha -> ``max |x - reconstruction|`` (len(iterations), B).
     """
     with torch.no_grad():
-        z, _ = model(x)
+        z, _ = model(x) if context is None else model(x, context)
+
+    def solved(alpha: float, count: int) -> Tensor:
+        solver = FixedPoint(alpha, count, tolerance=0)
+        return invert(model, z, solver, context=context).x
+
     return {
-        alpha: torch.stack(
-            [
-                max_error(invert(model, z, FixedPoint(alpha, count, tolerance=0)).x, x)
-                for count in iterations
-            ]
-        )
+        alpha: torch.stack([max_error(solved(alpha, count), x) for count in iterations])
         for alpha in alphas
     }
 
@@ -126,7 +131,12 @@ def first_images(split: Split, count: int) -> Tensor:
 
 @torch.no_grad()
 def reconstructions(
-    flow: MintNet, x: Tensor, preprocess: ImagePreprocess, alpha: float, iterations: Sequence[int]
+    flow: MintNet,
+    x: Tensor,
+    preprocess: ImagePreprocess,
+    alpha: float,
+    iterations: Sequence[int],
+    context: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Images after so many fixed-point iterations in each layer (Figure 4b of the paper).
 
@@ -136,14 +146,15 @@ def reconstructions(
         preprocess: that made them.
         alpha: step of the iteration.
         iterations: numbers of iterations per layer.
+        context: as the flow takes it, one row an image.
 
     Returns:
         title -> images (B, C, H, W), for :func:`image_sheet`; a sample that is not finite is black.
     """
-    z, _ = flow(x)
+    z, _ = flow(x) if context is None else flow(x, context)
     rows = {"images": preprocess.to_images(x)}
     for count in iterations:
-        again = invert(flow, z, FixedPoint(alpha, count, tolerance=0)).x
+        again = invert(flow, z, FixedPoint(alpha, count, tolerance=0), context=context).x
         finite = again.flatten(1).isfinite().all(1)[:, None, None, None]
         title = f"after {count} iteration{'s' if count > 1 else ''}, α = {alpha:.3g}"
         shown = torch.where(finite, again, 0.0)
@@ -151,16 +162,20 @@ def reconstructions(
     return rows
 
 
-def interpolation(flow: MintNet, corners: Tensor, steps: int = 8) -> Tensor:
+def interpolation(
+    flow: MintNet, corners: Tensor, steps: int = 8, context: Tensor | None = None
+) -> Tensor:
     """Images in latent space between four (Figure 5 of the paper), as logits.
 
     The latents are ``cos a (cos b z1 + sin b z2) + sin a (cos b z3 + sin b z4)`` for angles a and b
-    from 0 to pi / 2, which keeps the norm of independent normal latents.
+    from 0 to pi / 2, which keeps the norm of independent normal latents. Contexts are averaged with
+    the squares of these weights, whose sum is 1.
 
     Args:
         flow: over logits.
         corners: (4, C, H, W), logits.
         steps: images a side.
+        context: (4, context), of the corners, if the flow takes one.
 
     Returns:
         (steps * steps, C, H, W), row by row; a from top to bottom.
@@ -172,12 +187,30 @@ def interpolation(flow: MintNet, corners: Tensor, steps: int = 8) -> Tensor:
     if len(corners) != 4:
         raise ValueError(f"corners must be 4 images, got {len(corners)}")
     with torch.no_grad():
-        z, _ = flow(corners)
+        z, _ = flow(corners) if context is None else flow(corners, context)
         angles = torch.linspace(0, math.pi / 2, steps, dtype=z.dtype, device=z.device)
         weights = torch.stack([angles.cos(), angles.sin()])
         # Corner 2 i + j has weight i of a and weight j of b.
         mixed = torch.einsum("ia,jb,ijchw->abchw", weights, weights, z.view(2, 2, *z.shape[1:]))
-        return flow.inverse(mixed.flatten(0, 1))[0]
+        if context is not None:
+            of_corners, squares = context.view(2, 2, -1), weights.square()
+            between = torch.einsum("ia,jb,ijc->abc", squares, squares, of_corners)
+            context = between.flatten(0, 1)
+        return flow.inverse(mixed.flatten(0, 1), context=context)[0]
+
+
+def sample_sheet(images: Tensor, labels: Tensor | None, objective: Density) -> Figure:
+    """Samples: row by row, or those of a class in a row.
+
+    Args:
+        images: (N, C, H, W) with C 1 or 3 and values 0 to levels - 1.
+        labels: (N,), where the objective has classes.
+        objective: that the flow was trained for.
+    """
+    if labels is None or objective.classes is None:
+        return image_grid(images, objective.levels)
+    rows = {f"class {label}": images[labels == label] for label in range(objective.classes)}
+    return image_sheet(rows, objective.levels)
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
@@ -203,7 +236,12 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
 
 
 def paper_figures(
-    flow: MintNet, objective: Density, images: Tensor, alphas: list[float], iterations: list[int]
+    flow: MintNet,
+    objective: Density,
+    images: Tensor,
+    alphas: list[float],
+    iterations: list[int],
+    labels: Tensor | None = None,
 ) -> dict[str, Figure]:
     """Samples, reconstructions and an interpolation of a trained flow.
 
@@ -213,6 +251,7 @@ def paper_figures(
         images: at least 4 test images (N, C, H, W), uint8, to reconstruct and interpolate between.
         alphas: steps of the fixed-point iteration.
         iterations: numbers of iterations per layer.
+        labels: (N,), of the images, where the objective has classes.
 
     Returns:
         name -> figure.
@@ -220,18 +259,23 @@ def paper_figures(
     Raises:
         NotConvergedError: the inverse of some sample did not converge.
     """
-    device = next(flow.parameters()).device
+    like = next(flow.parameters())
+    device = like.device
     preprocess = objective.preprocess()
     rngs = [generator(0, "evaluation", 0, index) for index in range(len(images))]
     inputs = objective.inputs(images, rngs).to(device)
-    x, _ = objective.logits(inputs, next(flow.parameters()))
-    samples = flow.sample(64, torch.Generator(device).manual_seed(0))
-    errors = reconstruction_errors(flow, x, alphas, iterations)
-    rows = reconstructions(flow, x, preprocess, alphas[-1], iterations[::3])
-    between = preprocess.to_images(interpolation(flow, x[:4]))
+    x, _ = objective.logits(inputs, like)
+    context = None if labels is None else objective.context(labels, like)
+    drawn = objective.labels(64)
+    of_samples = None if drawn is None else objective.context(drawn, like)
+    samples = flow.sample(64, torch.Generator(device).manual_seed(0), context=of_samples)
+    errors = reconstruction_errors(flow, x, alphas, iterations, context)
+    rows = reconstructions(flow, x, preprocess, alphas[-1], iterations[::3], context)
+    corners = None if context is None else context[:4]
+    between = preprocess.to_images(interpolation(flow, x[:4], context=corners))
     levels = objective.levels
     return {
-        "samples": image_grid(preprocess.to_images(samples), levels),
+        "samples": sample_sheet(preprocess.to_images(samples).cpu(), drawn, objective),
         "reconstruction_error": error_curves(errors, iterations),
         "reconstructions": image_sheet(rows, levels),
         "interpolation": image_grid(between, levels),

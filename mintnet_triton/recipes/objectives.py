@@ -4,7 +4,8 @@ The loop and the evaluation take any ``nn.Module`` that keeps to this:
 
 - for :class:`Density`, ``model(x)`` returns ``(z, log_det)``. x (B, C, H, W) are logits of images
   in the dtype of the parameters; z (B, ...), of C H W values a sample, is standard normal under
-  the model; log_det (B,) is log|det dz/dx|.
+  the model; log_det (B,) is log|det dz/dx|. With classes, it is ``model(x, context)``, and
+  the context (B, classes) of an image is 1 at its label and 0 elsewhere.
 - for :class:`Classification`, ``model(x)`` returns log-probabilities (B, classes). x (B, C, H, W)
   are images as numbers in [0, 1], less ``mean``, over ``std``.
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mintnet_triton.checks import check_integer
 from mintnet_triton.flow import standard_normal_log_prob
 from mintnet_triton.images import ImagePreprocess, add_noise
 from mintnet_triton.solvers import log_det_dtype
@@ -39,6 +41,7 @@ class Density:
 
     levels: int = 256  #: values a pixel may take
     logit_lambda: float = 0.05  #: as in :class:`mintnet_triton.ImagePreprocess`
+    classes: int | None = None  #: of a density for each class; None: of one for all images
     task: ClassVar[str] = "density"
     metric: ClassVar[str] = "bits_per_dim"
 
@@ -46,6 +49,8 @@ class Density:
         preprocess = self.preprocess()
         object.__setattr__(self, "levels", preprocess.levels)  # as JSON takes them
         object.__setattr__(self, "logit_lambda", preprocess.logit_lambda)
+        if self.classes is not None:
+            check_integer("classes", self.classes, least=1)
 
     def preprocess(self) -> ImagePreprocess:
         """The map from images to logits and back."""
@@ -87,10 +92,32 @@ class Density:
         log_det = (F.softplus(x) + F.softplus(-x) + constant).flatten(1).sum(1)
         return x.to(like.dtype), log_det.to(exact)
 
+    def labels(self, number: int) -> Tensor | None:
+        """Of so many samples, the classes in their order and as even as can be, (number,)."""
+        return None if self.classes is None else torch.arange(number) * self.classes // number
+
+    def context(self, labels: Tensor, like: Tensor) -> Tensor | None:
+        """Of images of those labels, for a model whose parameters are like that one.
+
+        Raises:
+            ValueError: a label of no class (on a CPU; on a GPU it would wait for the device).
+        """
+        if self.classes is None:
+            return None
+        _check_labels(labels, self.classes)
+        each = torch.arange(self.classes, device=labels.device)
+        return (labels[:, None] == each).to(like)  # of its device, too
+
     def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
-        """Bits per dimension, twice; labels are not looked at."""
-        x, preprocess_log_det = self.logits(inputs, next(model.parameters()))
-        z, log_det = model(x)
+        """Bits per dimension, twice; without classes, labels are not looked at.
+
+        Raises:
+            ValueError: as :meth:`context`.
+        """
+        like = next(model.parameters())
+        x, preprocess_log_det = self.logits(inputs, like)
+        context = self.context(labels, like)
+        z, log_det = model(x) if context is None else model(x, context)
         log_prob = standard_normal_log_prob(z) + log_det + preprocess_log_det
         bits = -log_prob / (math.log(2) * inputs.shape[1:].numel())
         return Scores(bits, bits.detach())
@@ -118,13 +145,15 @@ class Classification:
             ValueError: a label of no class (on a CPU; on a GPU it would wait for the device).
         """
         log_probs = model(inputs.to(next(model.parameters()).dtype))
-        wrong = (labels < 0) | (labels >= log_probs.shape[1])
-        if labels.device.type == "cpu" and bool(wrong.any()):
-            raise ValueError(
-                f"labels must be from 0 to {log_probs.shape[1] - 1}, got {int(labels[wrong][0])}"
-            )
+        _check_labels(labels, log_probs.shape[1])
         loss = F.nll_loss(log_probs, labels, reduction="none")
         return Scores(loss, (log_probs.argmax(1) == labels).float())
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    wrong = (labels < 0) | (labels >= classes)
+    if labels.device.type == "cpu" and bool(wrong.any()):
+        raise ValueError(f"labels must be from 0 to {classes - 1}, got {int(labels[wrong][0])}")
 
 
 Objective = Density | Classification
@@ -137,7 +166,7 @@ def make_objective(task: str, data: dict[str, Any]) -> Objective:
         ValueError: another task, or one that the data are not described for.
     """
     if task == "density":
-        return Density(data["levels"], data["logit_lambda"])
+        return Density(data["levels"], data["logit_lambda"], data.get("classes"))
     if task != "classify":
         raise ValueError(f"task must be 'density' or 'classify', got {task!r}")
     if "mean" not in data:

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from mintnet_triton.checks import check_integer, check_number
@@ -100,6 +100,14 @@ class Experiment:
     data: dict[str, Any]  #: channels, image_size, levels, logit_lambda, and mean and std
     model: dict[str, Any]  #: arguments of MintNet or MintClassifier
     recipe: Recipe
+    condition: bool = False  #: whether a density is to be one for each class
+
+    def for_classes(self, classes: int) -> "Experiment":
+        """The same, with labels of so many classes as the context, if that is what it is about."""
+        if not self.condition:
+            return self
+        data, model = {**self.data, "classes": classes}, {**self.model, "context": classes}
+        return replace(self, data=data, model=model)
 
 
 def read_experiment(preset: str, task: str, changes: Mapping[str, Any] | None = None) -> Experiment:
@@ -109,7 +117,8 @@ def read_experiment(preset: str, task: str, changes: Mapping[str, Any] | None = 
         preset: its name, as in ``mintnet_triton.presets``.
         task: "density" or "classify".
         changes: values to take instead of the preset's, by the name of a field of :class:`Recipe`,
-            of an argument of the model, or of an entry of the preset's data.
+            of an argument of the model, or of an entry of the preset's data; and ``condition``,
+            true for a density for each class.
 
     Raises:
         ValueError: no such preset or task, a name that nothing has, or a value outside its range.
@@ -124,22 +133,28 @@ def read_experiment(preset: str, task: str, changes: Mapping[str, Any] | None = 
     model_names = {*model, "order", "kernel_size", "activation"}
     model_names |= {"zero_init_start"} if task == "density" else {"width"}
     data_names = set(data) - {"channels", "image_size"}
+    condition = False
     for name, value in (changes or {}).items():
         if name in recipe_names:
             if name in ("epochs", "steps"):
                 recipe = {k: v for k, v in recipe.items() if k not in ("epochs", "steps")}
             recipe[name] = value
+        elif name == "condition" and task == "density":
+            if not isinstance(value, bool):
+                raise TypeError(f"condition must be true or false, got {value!r}")
+            condition = value
         elif name in data_names:
             data[name] = value
         elif name in model_names:
             model[name] = value
         else:
-            known = sorted(recipe_names | data_names | model_names)
+            others = {"condition"} if task == "density" else set[str]()
+            known = sorted(recipe_names | data_names | model_names | others)
             raise ValueError(f"nothing is called {name!r}; there are {', '.join(known)}")
     for name in ("betas", "milestones"):
         if isinstance(recipe.get(name), Sequence):
             recipe[name] = tuple(recipe[name])
-    return Experiment(task, data, model, Recipe(**recipe))
+    return Experiment(task, data, model, Recipe(**recipe), condition)
 
 
 def parse_change(text: str) -> tuple[str, Any]:

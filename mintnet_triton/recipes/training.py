@@ -238,14 +238,14 @@ class _Loop:
     ) -> None:
         self.clock, self.sharded = clock, sharded
         self.held_out: ImageSet | None = None
-        if isinstance(objective, Classification):
+        if isinstance(objective, Classification) or objective.classes is not None:
             data.check_labels()
         if recipe.validation:
             data, self.held_out = data.hold_out(recipe.validation)
         self.data, self.objective, self.recipe, self.folder = data, objective, recipe, folder
         self.description = {
             **description,
-            "objective": {"task": objective.task, **asdict(objective)},
+            "objective": {"task": objective.task, **_said(objective)},
             "data": {"name": data.name, "training_images": data.train.count()},
             # A graph is how steps are made, and not what they do.
             "recipe": {k: v for k, v in asdict(recipe).items() if k != "graph"},
@@ -541,6 +541,11 @@ class _Loop:
             mininterval=0.5,
             disable=not self.writes,
         )
+
+
+def _said(objective: Objective) -> dict[str, Any]:
+    """What there is to say of an objective; nothing of classes where there are none."""
+    return {name: value for name, value in asdict(objective).items() if value is not None}
 
 
 def _peak_memory(device: torch.device) -> float | None:

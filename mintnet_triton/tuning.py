@@ -60,7 +60,7 @@ def _tune_layer(layer: MintLayer, batch: int, timer: Timer | None) -> tuple[str,
 
     if layer.context is not None:  # which changes nothing of its convolutions
         layer = twin(layer)
-        layer.context = None
+        layer.context, layer._modules = None, {**layer._modules, "context_network": None}
     weight = layer.conv2.weight
     x = torch.randn(batch, layer.channels, *layer.size, dtype=weight.dtype, device=weight.device)
     _step(layer, x)

@@ -166,3 +166,14 @@ def test_tuning_needs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         mint.tune(layer)
     with pytest.raises(ValueError, match="batch"):
         mint.tune(layer, batch=0)
+
+
+def test_a_layer_that_takes_a_context_has_the_tiles_of_one_that_takes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(configs.CANDIDATES, "ieee", configs.CANDIDATES["ieee"][:1])
+    layer = mint.MintLayer(1, 4, 16, context=2)
+    if torch.cuda.is_available():
+        layer = layer.cuda()
+    assert len(mint.tune(layer, batch=1, timer=lambda step: float(step() is None))) == 1
+    assert layer.context == 2

@@ -70,6 +70,9 @@ FEW = 128
 #: programs that fill a GPU, and the smallest tile side that is taken for it
 PROGRAMS, SMALLEST = 132, 64
 
+#: bytes of shared memory of a core of an H100
+SHARED = 228 * 1024
+
 #: the multiple of channels to which rows are padded: in every dtype, one then begins where 16 bytes
 #: can be loaded
 ALIGN = 16
@@ -170,8 +173,11 @@ def hidden_tile(
     )
     if units_in != units and stride_in <= FEW:  # few products: what is stored is the work
         block_m = min(block_m, SMALLEST)
-    warps = tile.num_warps * block_m * block_n // (tile.block_m * tile.block_n)
-    warps = min(max(4, warps), tile.num_warps)  # as many outputs a thread, or fewer
+    warps = tile.num_warps
+    memory = tile.num_stages * (block_m + block_n) * tile.block_k * OPERANDS[operand][1]
+    if memory < SHARED // 2:  # else a core holds one block, which needs all warps
+        warps = warps * block_m * block_n // (tile.block_m * tile.block_n)
+        warps = min(max(4, warps), tile.num_warps)  # as many outputs a thread, or fewer
     tile = Tile(block_m, block_n, tile.block_k, warps, tile.num_stages)
     return _launch(arch, tile, units, stride_in, stride)
 
@@ -213,7 +219,8 @@ def output_tile(arch: str, operand: str, colours: int, stride: int, places: int)
         block_m //= 2
     inputs = _depth(tile.block_k, stride)
     blocks = Blocks(block_m, _fit(tile.block_n, colours), inputs, even=stride % inputs == 0)
-    return Launch(blocks, tile.num_warps, tile.num_stages)
+    warps = tile.num_warps * (2 if blocks.outputs > 32 else 1)  # an update holds much for each
+    return Launch(blocks, warps, tile.num_stages, _registers(arch, warps))
 
 
 class GradientPlan(NamedTuple):

@@ -30,6 +30,14 @@ from mintnet_triton.inverse import InversionResult, Invertible, NotConvergedErro
 from mintnet_triton.kernels import Activation, BackendError, use_backend
 from mintnet_triton.mint import MintLayer, MintPair, Squeeze, frozen
 from mintnet_triton.ordering import Ordering, OrderingError
+from mintnet_triton.scores import (
+    entropy_estimate,
+    interpolate,
+    likelihood_ratio,
+    log_prob_per_dim,
+    reconstruct,
+    typicality,
+)
 from mintnet_triton.solvers import Auto, FixedPoint, Solver, Wavefront
 from mintnet_triton.step import NonFiniteStepError, TrainingStep
 from mintnet_triton.tuning import tune
@@ -70,13 +78,19 @@ __all__ = [
     "__version__",
     "bits_per_dim",
     "calculus",
+    "entropy_estimate",
     "frozen",
+    "interpolate",
     "invert",
     "layer_from_authors",
+    "likelihood_ratio",
     "load",
     "load_authors_checkpoint",
+    "log_prob_per_dim",
+    "reconstruct",
     "save",
     "tune",
+    "typicality",
     "use_backend",
     "verify",
 ]

@@ -94,6 +94,8 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
         options.inversions,
         options.data_dir,
         options.device,
+        options.outliers,
+        options.background,
     )
     print((options.run_folder / "evaluation.md").read_text(encoding="utf-8"))
     print(f"written to {options.run_folder}: evaluation.json, evaluation.md")
@@ -174,6 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="judge a run on the whole test split")
     evaluate.add_argument("--draws", type=int, default=5, help="of the noise, for each image")
     evaluate.add_argument("--inversions", type=int, default=64, help="images to invert")
+    evaluate.add_argument(
+        "--outliers",
+        choices=DATA,
+        help="tell this set's images, reduced, and noise from the run's: areas under ROC curves",
+    )
+    evaluate.add_argument(
+        "--background",
+        type=Path,
+        metavar="RUN",
+        help="a run trained with --set replaced=0.2, for a likelihood ratio",
+    )
     evaluate.set_defaults(run=_evaluate)
 
     sample = commands.add_parser("sample", help="draw images from a run")

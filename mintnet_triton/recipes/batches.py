@@ -53,6 +53,8 @@ def training_batches(
     *,
     flip: bool = False,
     crop: int = 0,
+    replaced: float = 0.0,
+    levels: int = 256,
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[Batch]:
@@ -66,6 +68,8 @@ def training_batches(
         image: number of images of that epoch to leave out.
         flip: mirror every other image, at random.
         crop: pad by that many zeros on each side, and cut out at random.
+        replaced: share of the values that random ones take the place of.
+        levels: values a pixel may take, from 0.
         rank: of this process, which gets every ``processes``-th image of a batch.
         processes: how many there are.
 
@@ -91,7 +95,7 @@ def training_batches(
             yield Batch(
                 torch.stack(
                     [
-                        augment(sample.image, rng, flip, crop)
+                        augment(sample.image, rng, flip, crop, replaced, levels)
                         for sample, rng in zip(samples, rngs, strict=True)
                     ]
                 ),
@@ -121,14 +125,28 @@ def evaluation_batches(
         yield images, _labels(samples), [sample.index for sample in samples]
 
 
-def augment(image: Tensor, rng: np.random.Generator, flip: bool, crop: int) -> Tensor:
-    """Mirror an image (C, H, W), and cut it out of its zero-padded self, at random."""
+def augment(
+    image: Tensor,
+    rng: np.random.Generator,
+    flip: bool,
+    crop: int,
+    replaced: float = 0.0,
+    levels: int = 256,
+) -> Tensor:
+    """Mirror an image (C, H, W), cut it out of its zero-padded self, and replace values, at random.
+
+    A value is replaced with that probability, by any of the levels alike.
+    """
     if flip and rng.random() < 0.5:
         image = image.flip(-1)
     if crop:
         height, width = image.shape[1:]
         top, left = rng.integers(0, 2 * crop + 1, size=2)
         image = F.pad(image, (crop, crop, crop, crop))[:, top : top + height, left : left + width]
+    if replaced:
+        chosen = torch.from_numpy(rng.random(image.shape) < replaced)
+        values = torch.from_numpy(rng.integers(0, levels, size=image.shape)).to(image.dtype)
+        image = torch.where(chosen, values, image)
     return image
 
 

@@ -17,13 +17,14 @@ from mintnet_triton.flow import MintNet
 from mintnet_triton.inverse import invert
 from mintnet_triton.recipes import figures
 from mintnet_triton.recipes.batches import evaluation_batches
-from mintnet_triton.recipes.data import DataName, ImageData, load_images
+from mintnet_triton.recipes.data import DataName, ImageData, load_images, reduced
 from mintnet_triton.recipes.evaluation import (
     as_json,
     as_table,
     classify_by_density,
     evaluate,
     evaluate_inversion,
+    evaluate_outliers,
 )
 from mintnet_triton.recipes.objectives import Density, Objective, make_objective
 from mintnet_triton.recipes.processes import Processes, joined
@@ -33,6 +34,7 @@ from mintnet_triton.recipes.training import TrainingResult, train
 
 ALPHAS = [1.0, 0.5, 1 / 3.5]  # the last is the paper's for MNIST
 ITERATIONS = [1, 2, 3, 5, 8, 12, 20, 30, 50, 80]
+OUTLIERS = 1000  # of each kind, at most, that a flow is to tell from its test images
 _MODELS: dict[str, type[MintNet] | type[MintClassifier]] = {
     "density": MintNet,
     "classify": MintClassifier,
@@ -156,6 +158,8 @@ def evaluate_run(
     inversions: int = 64,
     data_folder: Path | None = None,
     device: str | None = None,
+    outliers: DataName | None = None,
+    background: Path | None = None,
 ) -> dict[str, Any]:
     """Judge a run on the whole test split; writes ``evaluation.json`` and ``evaluation.md``.
 
@@ -167,15 +171,27 @@ def evaluate_run(
         inversions: test images that a flow maps to latents and back.
         data_folder: as :func:`.load_images` takes it.
         device: a GPU if there is one.
+        outliers: a data set whose test images, reduced to the run's shape and levels, the flow is
+            to tell from its own, and noise as well.
+        background: folder of a run of the same data with ``replaced`` in its recipe, for a
+            likelihood ratio.
 
     Returns:
         What the files hold.
+
+    Raises:
+        ValueError: outliers that cannot be reduced to the run's images, or a background that is of
+            other data, or without outliers; either of them for a classifier.
     """
     inversions = check_integer("inversions", inversions, least=0)
-    run = load_run(folder, checkpoint, device or default_device())
+    device = device or default_device()
+    run = load_run(folder, checkpoint, device)
     flow = isinstance(run.objective, Density)
+    if background is not None and outliers is None:
+        raise ValueError("background is for telling outliers: give outliers, too")
     labelled = not isinstance(run.objective, Density) or run.objective.classes is not None
-    test = load_images(run.data, data_folder, labelled=labelled).test
+    data = load_images(run.data, data_folder, labelled=labelled)
+    test = data.test
     evaluation = evaluate(run.model, test, run.objective, draws if flow else 1)
     report = {
         "data": run.data,
@@ -189,11 +205,38 @@ def evaluate_run(
         report["inversion"] = evaluate_inversion(run.model, images, run.objective, labels=labels)
     if isinstance(run.objective, Density) and run.objective.classes is not None:
         report["classification"] = classify_by_density(run.model, test, run.objective, draws)
+    if outliers is not None:
+        other = None if background is None else load_run(background, device=device)
+        report["outliers_auroc"] = _tell_outliers(run, data, load_images(outliers), other)
     (folder / "evaluation.json").write_text(
         json.dumps(as_json(report), indent=2) + "\n", encoding="utf-8"
     )
     (folder / "evaluation.md").write_text(as_table(report), encoding="utf-8")
     return report
+
+
+def _tell_outliers(
+    run: Run, data: ImageData, foreign: ImageData, background: Run | None
+) -> dict[str, float]:
+    flow, objective = _flow_of(run)
+    if background is not None and (background.data, background.objective) != (run.data, objective):
+        raise ValueError(
+            f"the background must be of {run.data} and {objective}, got {background.data} and "
+            f"{background.objective}"
+        )
+    theirs = figures.first_images(foreign.test, OUTLIERS)
+    noise = np.random.default_rng(0).integers(0, data.levels, size=(len(theirs), *data.shape))
+    return evaluate_outliers(
+        flow,
+        data,
+        {
+            foreign.name: reduced(theirs, foreign.levels, data.shape, data.levels),
+            "noise": torch.from_numpy(noise.astype(np.uint8)),
+        },
+        objective,
+        None if background is None else _flow_of(background)[0],
+        most=OUTLIERS,
+    )
 
 
 def sample_run(
@@ -267,7 +310,7 @@ def draw_run(
 
 def _flow_of(run: Run) -> tuple[MintNet, Density]:
     if not isinstance(run.model, MintNet) or not isinstance(run.objective, Density):
-        raise ValueError("the run is of a classifier, which has no samples")
+        raise ValueError("the run is of a classifier, which has no samples and no density")
     return run.model, run.objective
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mintnet_triton.recipes.pixels import read_pixels
@@ -156,6 +157,30 @@ class ImageData:
             for part in (order[:count], order[count:])
         )
         return replace(self, train=kept), held
+
+
+def reduced(images: Tensor, levels: int, shape: tuple[int, int, int], new_levels: int) -> Tensor:
+    """Images of another data set, made as small and as coarse as those of this one.
+
+    Args:
+        images: (N, C, H, W), uint8, values 0 to levels - 1.
+        levels: of these.
+        shape: (C, H', W') wanted; a pixel is the mean of the area that it covers.
+        new_levels: wanted, from black to white, at most 256.
+
+    Returns:
+        (N, C, H', W'), uint8.
+
+    Raises:
+        ValueError: another number of channels, or the images are smaller than wanted.
+    """
+    channels, height, width = images.shape[1:]
+    if channels != shape[0] or height < shape[1] or width < shape[2]:
+        raise ValueError(
+            f"images of {(channels, height, width)} (C, H, W) cannot be reduced to {shape}"
+        )
+    area = F.adaptive_avg_pool2d(images.double(), shape[1:])
+    return (area * ((new_levels - 1) / (levels - 1))).round().to(torch.uint8)
 
 
 class _HubSet(NamedTuple):

@@ -25,6 +25,7 @@ from mintnet_triton.recipes.objectives import Density
 from mintnet_triton.recipes.recipe import read_experiment
 from mintnet_triton.recipes.runs import RunError, RunFolder
 from mintnet_triton.recipes.training import train
+from mintnet_triton.scores import reconstruct
 from mintnet_triton.solvers import FixedPoint, max_error
 from mintnet_triton.verify import verify
 
@@ -71,9 +72,7 @@ def run_demo(name: DataName, folder: Path) -> bool:
     report = verify(flow, x[:2])
     print(report)
 
-    with torch.no_grad():
-        z, _ = flow(x)
-    reconstruction = invert(flow, z)
+    reconstruction = reconstruct(flow, x)
     noise = torch.Generator().manual_seed(recipe.seed)
     latents = torch.randn(4 * SHEET_COLUMNS, *flow.latent_shape, generator=noise)
     samples = invert(flow, latents, certify=True)

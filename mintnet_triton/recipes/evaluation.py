@@ -1,7 +1,7 @@
 """How good a trained model is: over every image, and with the noise of the measurement."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,14 @@ from mintnet_triton.checks import NonFiniteError, check_integer
 from mintnet_triton.inverse import Invertible, invert
 from mintnet_triton.mint import frozen
 from mintnet_triton.recipes.batches import evaluation_batches, generator
-from mintnet_triton.recipes.data import Sample, Split
+from mintnet_triton.recipes.data import ImageData, Sample, Split
 from mintnet_triton.recipes.objectives import Density, Objective, Scores
+from mintnet_triton.scores import (
+    entropy_estimate,
+    likelihood_ratio,
+    log_prob_per_dim,
+    typicality,
+)
 from mintnet_triton.solvers import Solver, max_error
 
 
@@ -220,6 +226,89 @@ def evaluate_inversion(
         "mean_error": math.nan if none else float(errors.mean()),
         "recovered": int(again.flatten(1).all(1).sum()),
     }
+
+
+class _ImageDensity:
+    """A flow over logits as a density of values v (B, C, H, W) of images with noise.
+
+    Of a density for each class, it is the mean, for outliers are of none.
+    """
+
+    def __init__(self, flow: nn.Module, objective: Density, batch_size: int) -> None:
+        self.flow, self.objective, self.batch_size = flow, objective, batch_size
+
+    @torch.no_grad()
+    def log_prob(self, values: Tensor) -> Tensor:
+        nats, classes = math.log(2) * values[0].numel(), self.objective.classes or 1
+        parts = values.to(next(self.flow.parameters()).device).split(self.batch_size)
+        bits = [torch.cat([self._bits(part, label) for part in parts]) for label in range(classes)]
+        return torch.logsumexp(-nats * torch.stack(bits), 0).cpu() - math.log(classes)
+
+    def _bits(self, values: Tensor, label: int) -> Tensor:
+        labels = torch.full((len(values),), label, device=values.device)
+        return self.objective.scores(self.flow, values, labels).loss.double()
+
+
+def evaluate_outliers(
+    flow: nn.Module,
+    data: ImageData,
+    outliers: Mapping[str, Tensor],
+    objective: Density,
+    background: nn.Module | None = None,
+    seed: int = 0,
+    most: int = 1000,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """How well a flow tells images that it was not trained for from test images.
+
+    Args:
+        flow: over logits; it is judged as it is, in its present mode.
+        data: that it was trained on; the entropy is estimated on the training split.
+        outliers: name -> images (N, C, H, W), uint8, of the shape and levels of the data.
+        objective: that it was trained for.
+        background: a flow trained alike on images with values replaced at random, for the ratio.
+        seed: of the noise, one draw an image.
+        most: images of each split to look at.
+        batch_size: images at once.
+
+    Returns:
+        ``<name>_<score>`` -> area under the ROC curve (1: every outlier is told from every test
+        image; 0.5: chance) of ``log_prob`` (outliers are less likely), of ``typicality`` and, with
+        a background, of ``likelihood_ratio``.
+
+    Raises:
+        NonFiniteError: a log-density is NaN.
+        ValueError: images of another shape, or of other levels.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    def values(images: Tensor, draw: int) -> Tensor:
+        rngs = [generator(seed, "evaluation", draw, index) for index in range(len(images))]
+        return objective.inputs(images, rngs)
+
+    test, known = (next(evaluation_batches(part, most))[0] for part in (data.test, data.train))
+    ours = values(test, 0)
+    density = _ImageDensity(flow, objective, batch_size)
+    entropy = entropy_estimate(density, values(known, 1))
+    scores: dict[str, Callable[[Tensor], Tensor]] = {
+        "log_prob": lambda x: -log_prob_per_dim(density, x),
+        "typicality": lambda x: typicality(density, x, entropy),
+    }
+    if background is not None:
+        other = _ImageDensity(background, objective, batch_size)
+        scores["likelihood_ratio"] = lambda x: -likelihood_ratio(density, other, x)
+    report = {}
+    for number, (name, images) in enumerate(outliers.items(), start=2):
+        if images.shape[1:] != test.shape[1:]:
+            raise ValueError(
+                f"outliers {name!r} must be of shape (N, {', '.join(map(str, test.shape[1:]))}), "
+                f"got {tuple(images.shape)}"
+            )
+        both = torch.cat([ours, values(images, number)])
+        strange = torch.arange(len(both)) >= len(ours)
+        for score, function in scores.items():
+            report[f"{name}_{score}"] = float(roc_auc_score(strange, function(both)))
+    return report
 
 
 def _standard_error(values: Tensor) -> float | None:

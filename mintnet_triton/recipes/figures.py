@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mintnet_triton.flow import MintNet
 from mintnet_triton.images import ImagePreprocess
-from mintnet_triton.inverse import Invertible, invert
+from mintnet_triton.inverse import Invertible
 from mintnet_triton.recipes.batches import evaluation_batches, generator
 from mintnet_triton.recipes.data import Split
 from mintnet_triton.recipes.objectives import Density
+from mintnet_triton.scores import interpolate, reconstruct
 from mintnet_triton.solvers import FixedPoint, max_error
 
 
@@ -80,15 +81,12 @@ def reconstruction_errors(
     Returns:
         alpha -> ``max |x - reconstruction|`` (len(iterations), B).
     """
-    with torch.no_grad():
-        z, _ = model(x) if context is None else model(x, context)
 
-    def solved(alpha: float, count: int) -> Tensor:
-        solver = FixedPoint(alpha, count, tolerance=0)
-        return invert(model, z, solver, context=context).x
+    def again(alpha: float, count: int) -> Tensor:
+        return reconstruct(model, x, FixedPoint(alpha, count, tolerance=0), context).x
 
     return {
-        alpha: torch.stack([max_error(solved(alpha, count), x) for count in iterations])
+        alpha: torch.stack([max_error(again(alpha, count), x) for count in iterations])
         for alpha in alphas
     }
 
@@ -129,7 +127,6 @@ def first_images(split: Split, count: int) -> Tensor:
     return next(evaluation_batches(split, count))[0]
 
 
-@torch.no_grad()
 def reconstructions(
     flow: MintNet,
     x: Tensor,
@@ -151,10 +148,9 @@ def reconstructions(
     Returns:
         title -> images (B, C, H, W), for :func:`image_sheet`; a sample that is not finite is black.
     """
-    z, _ = flow(x) if context is None else flow(x, context)
     rows = {"images": preprocess.to_images(x)}
     for count in iterations:
-        again = invert(flow, z, FixedPoint(alpha, count, tolerance=0), context=context).x
+        again = reconstruct(flow, x, FixedPoint(alpha, count, tolerance=0), context).x
         finite = again.flatten(1).isfinite().all(1)[:, None, None, None]
         title = f"after {count} iteration{'s' if count > 1 else ''}, α = {alpha:.3g}"
         shown = torch.where(finite, again, 0.0)
@@ -167,9 +163,7 @@ def interpolation(
 ) -> Tensor:
     """Images in latent space between four (Figure 5 of the paper), as logits.
 
-    The latents are ``cos a (cos b z1 + sin b z2) + sin a (cos b z3 + sin b z4)`` for angles a and b
-    from 0 to pi / 2, which keeps the norm of independent normal latents. Contexts are averaged with
-    the squares of these weights, whose sum is 1.
+    They are what :func:`mintnet_triton.interpolate` returns, with its contexts.
 
     Args:
         flow: over logits.
@@ -186,17 +180,7 @@ def interpolation(
     """
     if len(corners) != 4:
         raise ValueError(f"corners must be 4 images, got {len(corners)}")
-    with torch.no_grad():
-        z, _ = flow(corners) if context is None else flow(corners, context)
-        angles = torch.linspace(0, math.pi / 2, steps, dtype=z.dtype, device=z.device)
-        weights = torch.stack([angles.cos(), angles.sin()])
-        # Corner 2 i + j has weight i of a and weight j of b.
-        mixed = torch.einsum("ia,jb,ijchw->abchw", weights, weights, z.view(2, 2, *z.shape[1:]))
-        if context is not None:
-            of_corners, squares = context.view(2, 2, -1), weights.square()
-            between = torch.einsum("ia,jb,ijc->abc", squares, squares, of_corners)
-            context = between.flatten(0, 1)
-        return flow.inverse(mixed.flatten(0, 1), context=context)[0]
+    return interpolate(flow, corners, steps, context=context)
 
 
 def sample_sheet(images: Tensor, labels: Tensor | None, objective: Density) -> Figure:

@@ -43,6 +43,9 @@ class Recipe:
     gamma: float = 0.1
     flip: bool = False  #: mirror every other image
     crop: int = 0  #: pad by so many zeros, and cut out at random
+    replaced: float = (
+        0.0  #: share of values replaced at random, for a likelihood ratio's background
+    )
     clip: float | None = None  #: largest norm of the gradient
     average: float | None = None  #: decay of an exponential moving average of the weights
     autocast: bool = False  #: bfloat16 where torch.autocast sees fit
@@ -70,7 +73,15 @@ class Recipe:
         for name in ("amsgrad", "flip", "autocast", "recompute", "graph"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "eps", "weight_decay", "gamma", "clip", "average"):
+        for name in (
+            "learning_rate",
+            "eps",
+            "weight_decay",
+            "gamma",
+            "clip",
+            "average",
+            "replaced",
+        ):
             value = getattr(self, name)
             if value is not None or name not in _MAY_BE_NONE:
                 self._store(name, check_number(name, value))
@@ -85,6 +96,8 @@ class Recipe:
             raise ValueError(f"clip must be above 0, got {self.clip}")
         if self.average is not None and not 0 <= self.average < 1:
             raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
+        if not 0 <= self.replaced <= 1:
+            raise ValueError(f"replaced must be from 0 to 1, got {self.replaced}")
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be 'cosine' or 'milestones', got {self.schedule!r}")
 

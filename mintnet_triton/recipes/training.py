@@ -389,6 +389,8 @@ class _Loop:
             self.state.image,
             flip=self.recipe.flip,
             crop=self.recipe.crop,
+            replaced=self.recipe.replaced,
+            levels=self.data.levels,
             rank=self.processes.rank,
             processes=self.processes.count,
         )

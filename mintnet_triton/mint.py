@@ -24,6 +24,7 @@ from mintnet_triton.kernels import (
     Weights,
     find_activation,
     fixed_point,
+    is_exported,
     mint_exact_map,
     mint_forward,
     mint_jacobian_solver,
@@ -272,6 +273,8 @@ class MintLayer(TriangularMap):
         tensors = (weight1, bias1, weight2, bias2, weight3, bias3, t)
         self._check_tensors(Weights(*tensors), log_det_dtype(weight1))
         weights = with_centres(*tensors)
+        if is_exported():
+            return with_centres(weight1, bias1, _signed(weights), *tensors[3:])
         # |w| = sign(w) w, with the derivative that abs has; in place, for weight2 is new.
         weights.centre2.mul_(
             weights.centre3.detach().sign().unsqueeze(2)
@@ -522,6 +525,16 @@ class MintLayer(TriangularMap):
             f"activation={self.activation.name!r}"
             f"{'' if self.context is None else f', context={self.context}'}"
         )
+
+
+def _signed(weights: MintWeights) -> Tensor:
+    """weight2 with the signs of the others, by no writing into a diagonal: ONNX has none."""
+    weight2, units = weights.weight2, weights.centre1.shape[1]
+    outer, inner = (one.detach().sign().flatten() for one in (weights.centre3, weights.centre1))
+    colour = torch.arange(len(inner), device=weight2.device) // units
+    own = (colour[:, None] == colour).view(*weight2.shape[:2], *[1] * (weight2.ndim - 2))
+    centre = F.pad(own, [side // 2 for side in reversed(weight2.shape[2:]) for _ in range(2)])
+    return torch.where(centre, torch.outer(outer, inner).view_as(own) * weight2.abs(), weight2)
 
 
 def first_tensor(module: nn.Module) -> Tensor:

@@ -196,11 +196,12 @@ def run_forward(
 
     def work(some: Array) -> None:
         size = size_of(len(packed.biases[0]), lines)
-        kept = (h1, h2) if keep else (x.new_empty(1, size), x.new_empty(1, size))
+        kept = (h1, h2) if keep else (x.new_empty(size), x.new_empty(size))
         forward_groups(
             LOOPS, some, x.numpy(), packed.t, packed.convs, packed.biases, (first, second),
-            packed.centres, NAMES.index(activation), tuple(one.numpy() for one in kept), y.numpy(),
-            to_diagonal.numpy(), lines,
+            packed.centres, NAMES.index(activation),
+            tuple(one.numpy().reshape(-1, size) for one in kept), y.numpy(), to_diagonal.numpy(),
+            lines,
         )  # fmt: skip
 
     share(_shares(groups), work)
@@ -211,7 +212,8 @@ def _results(
     x: Tensor, hidden: int, lines: Lines, diagonal: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups = ceil_divide(x.shape[0], lines.group) if keep else 0  # len() would fix the batch
-    canvases = (groups, size_of(hidden, lines))
+    # In one dimension: of two, a compiler would ask whether there is one group or more.
+    canvases = groups * size_of(hidden, lines)
     contiguous = torch.contiguous_format
     return (
         torch.empty_like(x, memory_format=contiguous),
@@ -283,7 +285,7 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
     both = _pack_centres(joined.numpy()), _pack_centres(joined.mT.numpy())
     shapes = [one.shape for one in weights]
     plans = tuple(one[:2] for one in _plans_of_gradient(shapes, colours, order, triangle))
-    shares = _shares(len(h1))
+    shares = _shares(ceil_divide(len(x), lines.group))
     summed = [*shapes, (hidden, hidden, 1, 1)] if by_weights else [(0, 0, 0, 0)] * 4
     # Each thread has sums of its own, in memory of their own: what is not returned has to go.
     sums = [
@@ -293,7 +295,7 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
     by_shifts = [_zeros_like(shift) for shift in (shift1, shift2)]
     of_samples = tuple(_of_samples(one) for one in by_shifts)
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kept = h1.numpy(), h2.numpy()
+    kept = tuple(one.numpy().reshape(-1, size_of(hidden, lines)) for one in (h1, h2))
 
     def work(part: tuple[Array, list[Array]]) -> None:
         some, own = part
@@ -401,7 +403,7 @@ def _backward_flops(x: Tensor, h1: Tensor, *arguments: Any, out_val: object) -> 
     if by_weights:
         plans += _plans_of_gradient(shapes, colours, order, triangle)
     lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
-    return 2 * products(plans, lines, len(h1))
+    return 2 * products(plans, lines, ceil_divide(len(x), lines.group))
 
 
 class _MintLayer(torch.autograd.Function):

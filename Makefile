@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?= digits
 OUT ?= out/demo
 
-.PHONY: demo test test-ptx test-all lint bench clean
+.PHONY: demo test test-ptx test-adapters test-all lint bench clean
 
 demo: .venv/ready ## train on real digits, verify, sample, invert, draw
 	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
@@ -14,6 +14,10 @@ test: .venv/ready ## every mechanism: within 8 minutes on two cores
 
 test-ptx: .venv/ready ## every kernel as compiled for sm_80 and sm_90, executed on a CPU
 	$(BIN)/python -m pytest -n auto --dist worksteal --full tests/test_ptx.py
+
+test-adapters: .venv/ready ## inside the other flow libraries, none of which may be missing
+	$(BIN)/python -c "import FrEIA, huggingface_hub, nflows, normflows, onnxscript, pyro, sbi, torchflows, zuko"
+	$(BIN)/python -m pytest tests/adapters tests/test_export.py
 
 test-all: .venv/ready ## every case and every GPU, with the oldest Triton, too: hours without a GPU
 	$(BIN)/python -m pytest -n auto --dist worksteal --full

@@ -37,11 +37,15 @@ class MintModule(InvertibleModule):
         model: nn.Module,
         solver: Solver | None = None,
     ) -> None:
-        dims_in = [tuple(shape) for shape in dims_in]
+        dims_in, dims_c = [tuple(shape) for shape in dims_in], [tuple(one) for one in dims_c or ()]
         super().__init__(dims_in, dims_c)
         event, latent = event_shapes(model)
         if dims_in != [event]:
             raise ValueError(f"dims_in must be [{event}], as the model's, got {dims_in}")
+        channels = getattr(check_model(model), "context", None)
+        fitting = [] if channels is None else [(channels,)], [(channels, *event[1:])]
+        if dims_c not in fitting:
+            raise ValueError(f"dims_c must be {fitting[0]}, as the model's, got {dims_c}")
         self.model, self.solver, self._latent = model, solver, latent
 
     def forward(

@@ -34,6 +34,12 @@ def make_flow() -> mint.MintNet:
     return moved(mint.MintNet(SHAPE[0], SHAPE[1:], pairs=2, hidden=4, squeezes=1)).double()
 
 
+def make_conditional_flow() -> mint.MintNet:
+    """Of a context of 3 channels, with latents (8, 2, 1)."""
+    flow = mint.MintNet(SHAPE[0], SHAPE[1:], pairs=2, hidden=4, squeezes=1, context=3)
+    return moved(flow).double()
+
+
 def samples(*batch: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.randn(*batch, *shape, dtype=torch.float64)
 

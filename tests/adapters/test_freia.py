@@ -10,7 +10,7 @@ with warnings.catch_warnings():  # Python warns of an escape in a docstring of F
     warnings.filterwarnings("ignore", ".*invalid escape sequence")
     pytest.importorskip("FrEIA")
     from FrEIA.framework import GraphINN, InputNode, Node, OutputNode, SequenceINN
-    from FrEIA.modules import AllInOneBlock, IRevNetDownsampling
+    from FrEIA.modules import AllInOneBlock, IRevNetDownsampling, IRevNetUpsampling
 
 import mintnet_triton as mint
 from mintnet_triton.adapters.freia import MintModule
@@ -19,6 +19,7 @@ from tests.adapters.flows import (
     assert_trains,
     digits,
     exact_log_det,
+    make_conditional_flow,
     make_flow,
     samples,
 )
@@ -87,6 +88,23 @@ def test_a_mixed_sequence_trains_and_inverts() -> None:
     torch.testing.assert_close(back, -log_det, rtol=1e-3, atol=1e-3)
     exact = exact_log_det(lambda v: inn(v[None])[0][0], digits()[0])
     torch.testing.assert_close(log_det[0], exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_conditional_sequence() -> None:
+    model = make_conditional_flow()
+    inn = SequenceINN(*SHAPE)
+    inn.append(MintModule, model=make_flow())
+    inn.append(IRevNetUpsampling)
+    inn.append(MintModule, cond=0, cond_shape=(3,), model=model)
+    inn.double()
+    x, context = samples(4), samples(4, shape=(3,))
+    z, log_det = inn(x, [context])
+    again, back = inn(z, [context], rev=True)
+    torch.testing.assert_close((again, back), (x, -log_det))
+    torch.testing.assert_close(inn(x[1:2], [context[1:2]])[0], z[1:2])
+    assert not torch.allclose(inn(x, [context.flip(0)])[0], z)
+    with pytest.raises(ValueError, match=r"dims_c must be \[\(3,\)\].* got \[\(4,\)\]"):
+        MintModule([SHAPE], [(4,)], model=model)
 
 
 def test_what_does_not_fit_is_refused() -> None:

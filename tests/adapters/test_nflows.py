@@ -19,6 +19,7 @@ from tests.adapters.flows import (
     assert_trains,
     digits,
     exact_log_det,
+    make_conditional_flow,
     make_flow,
     samples,
 )
@@ -77,6 +78,27 @@ def test_a_mixed_flow_trains_and_inverts() -> None:
     torch.testing.assert_close(back, -log_det, rtol=1e-4, atol=1e-4)
     exact = exact_log_det(lambda v: transform(v[None])[0][0], digits()[0])
     torch.testing.assert_close(log_det[0], exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_conditional_flow() -> None:
+    """Its context goes to all parts; ours without one ignore it, as theirs do."""
+    model = make_conditional_flow().float()
+    transform = CompositeTransform(
+        [MintTransform(mint.MintLayer(SHAPE[0], SHAPE[1:], 3)), MintTransform(model)]
+    )
+    flow = Flow(transform, StandardNormal(model.latent_shape))
+    x, context = samples(4).float(), samples(4, shape=(3,)).float()
+    z, log_det = transform(x, context)
+    again, back = transform.inverse(z, context)
+    torch.testing.assert_close((again, back), (x, -log_det), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flow.log_prob(x, context)[:2], flow.log_prob(x[:2], context[:2]))
+    assert not torch.allclose(flow.log_prob(x, context), flow.log_prob(x, context.flip(0)))
+    drawn, log_prob = flow.sample_and_log_prob(5, context)
+    assert drawn.shape == (4, 5, *SHAPE)
+    rows = context.repeat_interleave(5, 0)
+    expected = flow.log_prob(drawn.flatten(0, 1), rows).view(4, 5)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
+    assert_trains(lambda: -flow.log_prob(x, context).mean(), flow.parameters())
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -15,6 +15,7 @@ from tests.adapters.flows import (
     assert_trains,
     digits,
     exact_log_det,
+    make_conditional_flow,
     make_flow,
     moved,
     samples,
@@ -75,6 +76,19 @@ def test_a_mixed_flow_trains_and_inverts() -> None:
     torch.testing.assert_close(back, -log_det, rtol=1e-3, atol=1e-3)
     exact = exact_log_det(lambda v: flow.inverse(v[None])[0], digits()[0])
     torch.testing.assert_close(log_det[0], exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_conditional_flow() -> None:
+    model = make_conditional_flow().float()
+    base = normflows.distributions.base.DiagGaussian(model.latent_shape, trainable=False)
+    flow = normflows.ConditionalNormalizingFlow(base, [MintFlow(model)])
+    x, context = samples(4).float(), samples(4, shape=(3,)).float()
+    torch.testing.assert_close(
+        flow.log_prob(x, context), model.log_prob(x, context), rtol=1e-4, atol=1e-4
+    )
+    drawn, log_prob = flow.sample(4, context)
+    torch.testing.assert_close(log_prob, model.log_prob(drawn, context), rtol=1e-3, atol=1e-3)
+    assert_trains(lambda: flow.forward_kld(x, context), flow.parameters())
 
 
 def test_what_does_not_fit_is_refused() -> None:

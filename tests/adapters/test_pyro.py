@@ -23,6 +23,7 @@ from tests.adapters.flows import (
     digit_pair,
     digits,
     exact_log_det,
+    make_conditional_flow,
     make_flow,
     make_layer,
     samples,
@@ -98,6 +99,21 @@ def test_stochastic_variational_inference() -> None:
     losses = [svi.step(digits()) for _ in range(8)]
     assert losses[-1] < losses[0]
     pyro.clear_param_store()
+
+
+def test_a_conditional_flow() -> None:
+    model = make_conditional_flow()
+    conditional: Any = ConditionalMintTransform(model, cache_size=1)
+    assert {id(one) for one in conditional.parameters()} == {id(one) for one in model.parameters()}
+    distribution = dist.ConditionalTransformedDistribution(base(model.latent_shape), [conditional])
+    x, context = samples(4), samples(4, shape=(3,))
+    found = distribution.condition(context).log_prob(x)
+    torch.testing.assert_close(found, model.log_prob(x, context))
+    drawn = distribution.condition(context).expand((4,)).rsample((2,))
+    assert drawn.shape == (2, 4, *SHAPE)
+    back = conditional.inv.condition(context)(x)
+    torch.testing.assert_close(back, model(x, context)[0])
+    assert_trains(lambda: -distribution.condition(context).log_prob(x).mean(), model.parameters())
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -19,6 +19,7 @@ from tests.adapters.flows import (
     digit_pair,
     digits,
     exact_log_det,
+    make_conditional_flow,
     make_flow,
     make_layer,
     samples,
@@ -182,6 +183,35 @@ def test_gradients_of_the_log_determinant() -> None:
     wanted = torch.autograd.grad(log_det, [z, *layer.parameters()], upstream)
     for size in (0, 1):
         torch.testing.assert_close(by(size), wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("map_", [False, True])
+def test_contexts_broadcast_to_batches(map_: bool) -> None:
+    flow = make_conditional_flow()
+    size = (3, *SHAPE[1:]) if map_ else (3,)
+    context, one = samples(4, shape=size), samples(shape=size)
+    z = samples(5, 4, shape=flow.latent_shape)  # five samples for each context
+    transform = MintTransform(flow, 1, context=context)
+    x = transform(z)
+    flat = z.flatten(0, 1), context.expand(5, 4, *size).flatten(0, 1)
+    expected, log_det = flow.inverse(flat[0], context=flat[1])
+    torch.testing.assert_close(x, expected.view(5, 4, *SHAPE))
+    torch.testing.assert_close(transform.log_abs_det_jacobian(z, x), log_det.view(5, 4))
+    torch.testing.assert_close(transform.inv(x.clone()), z)
+    torch.testing.assert_close(MintTransform(flow, context=context)(z[0]), x[0])
+    alone = MintTransform(flow, context=one)(z)
+    torch.testing.assert_close(alone[2, 3], flow.inverse(z[2, 3:4], context=one[None])[0][0])
+    with pytest.raises(ValueError, match=r"one for each of a batch of \(5, 3\), got \(4, 3"):
+        transform(z[:, :3])
+    with pytest.raises(TypeError, match="was made for a context, and needs one"):
+        MintTransform(flow)(z)
+
+    distribution = TransformedDistribution(base(flow.latent_shape, 4), transform)
+    assert (distribution.batch_shape, distribution.event_shape) == ((4,), SHAPE)
+    drawn = distribution.rsample((2,))
+    assert drawn.shape == (2, 4, *SHAPE)
+    wanted = flow.log_prob(drawn[1].detach(), context)
+    torch.testing.assert_close(distribution.log_prob(drawn.detach())[1], wanted)
 
 
 def test_what_does_not_fit_is_refused() -> None:

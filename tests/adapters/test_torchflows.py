@@ -18,6 +18,7 @@ from tests.adapters.flows import (
     digit_pair,
     digits,
     exact_log_det,
+    make_conditional_flow,
     make_flow,
     samples,
 )
@@ -77,6 +78,23 @@ def test_their_own_training_loop() -> None:
     before = flow.log_prob(digits()).mean().item()
     flow.fit(digits(), n_epochs=3, lr=1e-2, batch_size=64)
     assert flow.log_prob(digits()).mean().item() > before
+
+
+def test_a_conditional_flow() -> None:
+    model = make_conditional_flow()
+    bijection = MintBijection(model, context_shape=(3,))
+    x, context = samples(2, 3), samples(2, 3, shape=(3,))
+    z, log_det = bijection(x, context)
+    again, back = bijection.inverse(z, context)
+    torch.testing.assert_close((again, back), (x, -log_det))
+    one, _ = model(x[1, 2:], context[1, 2:])
+    torch.testing.assert_close(z[1, 2].flatten(), one.flatten())
+    flow = Flow(bijection).double()
+    rows, contexts = x.flatten(0, 1), context.flatten(0, 1)
+    torch.testing.assert_close(
+        flow.log_prob(rows, context=contexts), model.log_prob(rows, contexts)
+    )
+    assert_trains(lambda: -flow.log_prob(rows, context=contexts).mean(), flow.parameters())
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -20,6 +20,7 @@ from tests.adapters.flows import (
     digit_pair,
     digits,
     exact_log_det,
+    make_conditional_flow,
     make_flow,
     make_layer,
     samples,
@@ -28,7 +29,8 @@ from tests.adapters.flows import (
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Any:
     parameters = torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
-    return zuko.lazy.UnconditionalDistribution(torch.distributions.Normal, *parameters, buffer=True)
+    normal = zuko.distributions.DiagNormal
+    return zuko.lazy.UnconditionalDistribution(normal, *parameters, ndims=len(shape), buffer=True)
 
 
 def test_both_directions_in_one_pass_each() -> None:
@@ -81,6 +83,20 @@ def test_a_mixed_flow_trains_and_inverts() -> None:
     torch.testing.assert_close(transform.inv(z), digits(), rtol=1e-4, atol=1e-4)
     exact = exact_log_det(lambda v: transform(v[None])[0], digits()[0])
     torch.testing.assert_close(log_det[0], exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_conditional_flow() -> None:
+    """Its context goes to all parts; ours without one ignore it, as theirs do."""
+    model, plain = make_conditional_flow(), make_layer()
+    flow = zuko.lazy.Flow([MintTransform(plain), MintTransform(model)], normal(*model.latent_shape))
+    x, context = samples(4), samples(4, shape=(3,))
+    y, log_det = plain(x)
+    found = flow(context).log_prob(x)
+    torch.testing.assert_close(found, model.log_prob(y, context) + log_det)
+    torch.testing.assert_close(flow(context[0]).log_prob(x)[:1], found[:1])
+    assert flow(context).sample((2,)).shape == (2, 4, *SHAPE)
+    drawn, log_prob = flow(context).rsample_and_log_prob((2,))
+    torch.testing.assert_close(flow(context).log_prob(drawn), log_prob)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -30,7 +30,7 @@ LIBRARIES = {
 def test_every_adapter_has_an_extra_and_a_test() -> None:
     folder = ROOT / "mintnet_triton" / "adapters"
     names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert names == {*LIBRARIES, "torch_distributions"} - {"sbi"}
+    assert names == {*LIBRARIES, "torch_distributions"}
     assert all((Path(__file__).parent / f"test_{name}.py").exists() for name in names)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -38,7 +38,7 @@ def test_every_adapter_has_an_extra_and_a_test() -> None:
     assert set(extras["adapters"][0].split("[")[1].rstrip("]").split(",")) == set(LIBRARIES)
 
 
-@pytest.mark.parametrize("name", sorted(set(LIBRARIES) - {"sbi"}))
+@pytest.mark.parametrize("name", sorted(LIBRARIES))
 def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for loaded in [one for one in sys.modules if one.split(".")[0] == LIBRARIES[name]]:
         monkeypatch.delitem(sys.modules, loaded)

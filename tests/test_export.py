@@ -201,6 +201,27 @@ def test_onnx(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(found, tuple(module(x)), rtol=1e-4, atol=1e-4)
 
 
+@TORCHS_OWN
+@EXPORTERS_OWN
+def test_a_layer_with_a_context() -> None:
+    layer = moved(mint.MintLayer(SHAPE[0], SHAPE[1:], 4, context=5))
+
+    def inputs(batch: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(batch, *SHAPE), torch.randn(batch, 5)
+
+    any_batch = ({0: torch.export.Dim("batch")},) * 2
+    program = torch.export.export(layer, inputs(2), dynamic_shapes=any_batch)
+    functional = program.run_decompositions().module()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for batch, graphs in ((2, 1), (17, 1), (1, 2)):
+        given = inputs(batch)
+        expected = layer(*given)
+        torch.testing.assert_close(tuple(functional(*given)), expected)
+        torch.testing.assert_close(compiled(*given), expected)
+        assert counter.frame_count == graphs
+
+
 # ---------------------------------------------------------------- transformed
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 import mintnet_triton as mint
 from mintnet_triton.adapters import hub
 from mintnet_triton.adapters.hub import HubModel
-from tests.adapters.flows import SHAPE, make_flow, moved, samples
+from tests.adapters.flows import SHAPE, make_conditional_flow, make_flow, moved, samples
 
 WEIGHTS = "model.safetensors"
 
@@ -49,6 +49,14 @@ def test_a_flow_in_a_folder(tmp_path: Path) -> None:
     # What came from the hub goes there again.
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == described
+
+
+def test_a_conditional_flow_in_a_folder(tmp_path: Path) -> None:
+    flow, x, context = make_conditional_flow(), samples(3), samples(3, shape=(3,))
+    HubModel(flow).save_pretrained(tmp_path)
+    again = HubModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(x, context), flow(x, context), rtol=0, atol=0)
+    assert "| context | 3 |" in (tmp_path / "README.md").read_text()
 
 
 def test_a_classifier_in_a_folder(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from mintnet_triton.kernels.reference import (
     MintWeights,
     Weights,
     mint_magnitude,
+    positive,
     scaled,
     with_centres,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "mint_magnitude",
     "mint_map",
     "mint_wavefront",
+    "positive",
     "scaled",
     "steepest_share",
     "use_backend",

@@ -99,17 +99,11 @@ def full_float32() -> Iterator[None]:
                 torch.backends.cudnn.allow_tf32 = _before[1]
 
 
-def use_triton(
-    x: Tensor,
-    activation: Activation | None = None,
-    watched: bool = False,
-    conditional: bool = False,
-) -> bool:
+def use_triton(x: Tensor, activation: Activation | None = None, watched: bool = False) -> bool:
     """Whether a call with this input is to run Triton kernels.
 
     Args:
         watched: whether hooks look at convolutions, which have to be computed one by one then.
-        conditional: whether samples have a condition of their own, from a context.
 
     Raises:
         BackendError: the chosen backend is ``"triton"``, and the kernels cannot run; or they can,
@@ -119,11 +113,7 @@ def use_triton(
         return False
     if _choices[-1] == "auto" and not x.is_cuda:
         return False
-    obstacle = _obstacle(x, activation)
-    if watched:
-        obstacle = "hooks look at its convolutions"
-    elif conditional:
-        obstacle = "the layer is given a context"
+    obstacle = "hooks look at its convolutions" if watched else _obstacle(x, activation)
     if obstacle and _choices[-1] == "triton":
         raise BackendError(f"the Triton kernels cannot run: {obstacle}; use 'auto' or 'torch'")
     if not obstacle:

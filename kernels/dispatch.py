@@ -160,8 +160,8 @@ def mint_map(
 ) -> Tensor:
     """y of a Mint layer, (B, C, H, W) in the dtype of x; all else as in :func:`mint_forward`."""
     watched = call is not None
-    if use_triton(x, activation, watched, condition is not None):
-        return mint_forward(x, weights, activation, order, triangle)[0]
+    if use_triton(x, activation, watched):
+        return mint_forward(x, weights, activation, order, triangle, condition=condition)[0]
     assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
@@ -199,15 +199,16 @@ def mint_forward(
         y in the dtype of x, the diagonal, both (B, C, H, W), and log_det (B,), both in that of t.
     """
     watched = call is not None
-    if use_triton(x, activation, watched, condition is not None):
+    if use_triton(x, activation, watched):
         structure = Structure(order, triangle, activation.name)
         if isinstance(weights, FrozenWeights) and torch.is_grad_enabled() and x.requires_grad:
             weights = weights.weights
         if isinstance(weights, FrozenWeights):
             dtype = compute_dtype(weights.weights.weight2)
             packed = weights.packed(dtype, precision_of(dtype), structure)
-            return triton_layer.packed_forward(x, packed, as_weights(weights.weights), structure)
-        return triton_layer.mint_forward(x, as_weights(weights), structure, recompute)
+            owned = as_weights(weights.weights)
+            return triton_layer.packed_forward(x, packed, owned, structure, condition)
+        return triton_layer.mint_forward(x, as_weights(weights), structure, recompute, condition)
     assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
@@ -250,11 +251,13 @@ def fixed_point(
     iterations: int,
     tolerance: float,
     coarse: bool = False,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Algorithm 1 on a Mint layer, where :func:`use_triton` says yes.
 
     Args:
         coarse: for float32, begin with products in float16, and finish without.
+        condition: of the samples, where a context gives one.
 
     Returns:
         As :class:`.inversion.Iterated`, of the finish; and the iterations of both.
@@ -265,7 +268,7 @@ def fixed_point(
     if coarse and z.dtype == torch.float32:
         packed = weights.packed(torch.float16, "ieee", structure)
         limit = max(tolerance, COARSE)
-        begun = triton_inversion.fixed_point(z, start, packed, *arguments, limit, GAIN)
+        begun = triton_inversion.fixed_point(z, start, packed, *arguments, limit, GAIN, condition)
         # What went astray begins anew.
         last = begun.residuals.gather(0, begun.iterations[None])[0]
         found = last <= begun.residuals[0]
@@ -273,7 +276,7 @@ def fixed_point(
         steps = begun.iterations
     packed = weights.packed(z.dtype, "ieee", structure)
     x, log_det, residuals, iterated = triton_inversion.fixed_point(
-        z, start, packed, *arguments, tolerance
+        z, start, packed, *arguments, tolerance, condition=condition
     )
     return x, log_det, residuals, iterated, steps + iterated
 
@@ -289,9 +292,8 @@ def mint_wavefront(
     """A Mint layer inverted in the order of dependency; see :func:`.fronts.wavefront`."""
     if not len(z):
         return fronts.empty_wave(z)
-    conditional = condition is not None or weights.t.ndim == 4
-    if use_triton(z, None if isinstance(hidden, Slopes) else hidden, conditional=conditional):
-        return triton_wavefront.wavefront(z, weights, hidden, order, triangle)
+    if use_triton(z, None if isinstance(hidden, Slopes) else hidden):
+        return triton_wavefront.wavefront(z, weights, hidden, order, triangle, condition)
     if use_numba(z, hidden, torch.float64):
         from mintnet_triton.kernels.cpu import (
             wavefront as cpu_wavefront,  # here, for numba takes time to import
@@ -310,7 +312,7 @@ def mint_exact_map(
     condition: Condition | None = None,
 ) -> Tensor:
     """y of a Mint layer in float64, without gradients."""
-    if x.device.type == "cpu" and not use_triton(x, activation, conditional=condition is not None):
+    if x.device.type == "cpu" and not use_triton(x, activation):
         return cpu_products.mint_map(x, weights, activation, condition)
     return mint_map(x, weights, activation, order, triangle, condition=condition)
 

@@ -98,7 +98,12 @@ class MintWeights(NamedTuple):
     centre1: Tensor  # (C, K), from the pixel to hidden unit j
     centre2: Tensor  # (C, K, K), from hidden unit j (last) to i
     centre3: Tensor  # (C, K), from hidden unit i to the pixel
-    t: Tensor  # (C, H, W), positive, at least float32; (B, C, H, W) in the wavefront of one
+    t: Tensor  # (C, H, W), positive, at least float32; in a wavefront also (B, C, H, W)
+
+
+def positive(t: Tensor) -> Tensor:
+    """``max(|t|, 1e-12)``, never below float32, where that is not zero."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)).abs().clamp(min=1e-12)
 
 
 def with_centres(

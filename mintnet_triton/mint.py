@@ -31,6 +31,7 @@ from mintnet_triton.kernels import (
     mint_magnitude,
     mint_map,
     mint_wavefront,
+    positive,
     scaled,
     steepest_share,
     use_triton,
@@ -236,8 +237,7 @@ class MintLayer(TriangularMap):
 
     def positive_t(self) -> Tensor:
         """``max(|t|, 1e-12)``, (C, H, W), never below float32, where that is not zero."""
-        t = self.t
-        return t.to(log_det_dtype(t)).abs().clamp(min=1e-12)
+        return positive(self.t)
 
     def raw_weights(self) -> Weights:
         """The parameters as the Triton kernels take them, which mask and correct them.
@@ -355,16 +355,13 @@ class MintLayer(TriangularMap):
 
     def _weights_for(self, x: Tensor) -> MintWeights | Weights | FrozenWeights:
         """The same, but raw where the kernels that x goes to want it so."""
-        if self._frozen or self._call() is not None or not self._use_triton(x):
+        if self._frozen or self._call() is not None or not use_triton(x, self.activation):
             return self._weights()
         for conv in (self.conv1, self.conv2, self.conv3):
             plain = getattr(type(conv), "masked_weight", None) is MaskedConv2d.masked_weight
             if not plain or "masked_weight" in vars(conv):
                 return self.effective_weights()
         return self.raw_weights()
-
-    def _use_triton(self, x: Tensor) -> bool:
-        return use_triton(x, self.activation, conditional=self._condition is not None)
 
     def _call(self) -> Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor] | None:
         """How to call the convolutions, if hooks look at them."""
@@ -429,7 +426,7 @@ class MintLayer(TriangularMap):
     ) -> Solution:
         # The kernels keep no iterates to compare with a reference, and have one step for all.
         plain = isinstance(solver, FixedPoint) and not solver.safeguard and reference is None
-        if not plain or not self._use_triton(z):
+        if not plain or not use_triton(z, self.activation):
             return super().solve(z, solver, trace=trace, reference=reference)
         assert isinstance(solver, FixedPoint)
         x, log_det, residuals, finish, iterations = fixed_point(
@@ -442,6 +439,7 @@ class MintLayer(TriangularMap):
             solver.iterations,
             solver.tolerance_for(z.dtype),
             solver.coarse and not trace,
+            self._condition,
         )
         # A sample that has stopped keeps its last value in the rows that follow.
         rows = torch.arange(1, solver.iterations + 1, device=z.device)[:, None]

@@ -31,7 +31,7 @@ import mintnet_triton as mint
 from bench.cases import CIFAR10, MNIST
 from mintnet_triton.kernels.canvas import padded
 from mintnet_triton.kernels.gpu import configs, inversion, masked_conv, mint_layer, wavefront
-from mintnet_triton.kernels.reference import Structure
+from mintnet_triton.kernels.reference import Condition, Structure
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "tests" / "data" / "compiled.json"
@@ -61,6 +61,7 @@ class Case(NamedTuple):
     inverse: bool = True
     alone: bool = True  # the convolution, outside a layer
     structure: Structure = Structure("channel", "lower", "elu")
+    given: bool = False  # with a context
 
 
 #: for sm_90 every scale of the flows, and so every tile that its tables yield
@@ -97,6 +98,12 @@ BRIEF = {
     "float64": "weight_gradient|output_kernel, update|pack_kernel|upstream|finish",
 }
 
+#: in brief, too: kernels that are given a context
+GIVEN = {
+    "half": "(hidden|output|finish)_kernel.*, given",
+    "ieee": "wavefront_kernel, given",
+}
+
 #: matrix instructions, as a cubin has them
 MATRIX = r"HGMMA|[DHQ]MMA|UTC\wMMA"
 
@@ -129,6 +136,8 @@ def compile_all(arch: str, operand: str, brief: bool = False) -> list[Record]:
     cases: tuple[Case, ...] = CASES
     if brief:
         cases = (Case(*CIFAR10[0], kernels=BRIEF[operand]),)
+        if operand in GIVEN:
+            cases += (Case(*CIFAR10[0], kernels=GIVEN[operand], alone=False, given=True),)
     elif arch == "generic":
         cases = (GENERIC,)
     elif arch == "sm_90":
@@ -171,8 +180,12 @@ def call(case: Case, operand: str) -> None:
     layer = mint.MintLayer(colours, size, case.units).to(dtype)
     weights, structure = layer.raw_weights(), case.structure
     x = torch.zeros(batch, colours, size, size, dtype=dtype, requires_grad=True)
+    condition = None
+    if case.given:
+        channels = (hidden, hidden, colours, colours)
+        condition = Condition(*(torch.ones(batch, n, dtype=dtype) for n in channels))
     with torch.autocast("cpu", case.half, enabled=operand == "half"):
-        y, _, log_det = mint_layer.mint_forward(x, weights, structure)
+        y, _, log_det = mint_layer.mint_forward(x, weights, structure, condition=condition)
         torch.autograd.backward((y, log_det), (torch.ones_like(y), torch.ones_like(log_det)))
         if case.alone:
             masked_conv.masked_conv2d(
@@ -184,10 +197,12 @@ def call(case: Case, operand: str) -> None:
         with torch.no_grad():
             products = torch.float16 if operand == "half" else dtype
             packed = mint_layer.packed(weights, products, "ieee", structure)
-            inversion.fixed_point(x, x, packed, weights, structure, 1.0, 1, 1e-5)
+            inversion.fixed_point(
+                x, x, packed, weights, structure, 1.0, 1, 1e-5, condition=condition
+            )
     if case.inverse and operand in ("ieee", "float64"):  # the wavefront is never rounded
         effective, order = layer.effective_weights(), (structure.order, structure.triangle)
-        wavefront.wavefront(x, effective, layer.activation, *order)
+        wavefront.wavefront(x, effective, layer.activation, *order, condition)
 
 
 def describe(kernel: Any, case: Case, values: dict[str, Any]) -> Record:
@@ -205,9 +220,13 @@ def describe(kernel: Any, case: Case, values: dict[str, Any]) -> Record:
 
 def role(values: dict[str, Any]) -> str:
     """What a kernel is launched for, where it does more than one thing."""
+    own, found = (values.get(name) for name in ("shift", "scale")), ""
     if values.get("own") is not None or values.get("shares", "") is None:
-        return ", gradient"
-    return ", update" if "shares" in values and values["z"] is not None else ""
+        found = ", gradient"
+    elif "shares" in values and values["z"] is not None:
+        found = ", update"
+    given = any(one is not None for one in (*own, values.get("shifts", (None,))[0]))
+    return found + ", given" * given
 
 
 def name(record: Record) -> str:

@@ -229,6 +229,20 @@ def test_gradients_by_context_and_network(shape: tuple[int, ...], inverse: bool)
         assert torch.autograd.gradgradcheck(function, arguments)
 
 
+def test_second_derivatives_of_compiled_layers() -> None:
+    layer = make_layer(torch.float32)
+    x, context = inputs(VECTOR, dtype=torch.float32)
+    found = []
+    for dtype, backend in ((torch.float32, "auto"), (torch.float64, "torch")):
+        layer.to(dtype)
+        given = context.to(dtype, copy=True).requires_grad_()
+        with use_backend(backend):
+            y, log_det = layer(x.to(dtype), given)
+            first = torch.autograd.grad(y.sin().sum() + log_det.sum(), given, create_graph=True)[0]
+            found.append(torch.autograd.grad(first.square().sum(), given)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-3, atol=1e-4)
+
+
 def test_transforms_of_functions_of_the_context() -> None:
     layer = make_layer()
     x, context = inputs(VECTOR, 2)
@@ -297,6 +311,24 @@ def test_a_bound_of_the_error_holds() -> None:
     assert (errors <= result.error_bound).all()
     assert (errors > 1e-6).any()
     assert (result.error_bound < 100 * errors.max()).all()
+
+
+def test_rounding_is_relative_to_what_a_context_adds() -> None:
+    layer = make_layer()
+    x, context = inputs(VECTOR, 1)
+    with torch.no_grad():
+        condition = layer.given(context)._condition
+        assert condition is not None
+        own = without_context(layer)
+        for conv, shift in zip((own.conv1, own.conv2, own.conv3), condition, strict=False):
+            assert conv.bias is not None
+            # Both have their own rounding: neither may cancel the other.
+            shift.copy_(shift.abs() * conv.bias.sign())
+            conv.bias += shift[0]
+        own.t.mul_(condition.scale[0][:, None, None])
+        view = layer.given(context)
+        view._condition = condition
+        torch.testing.assert_close(view.magnitude(x), own.magnitude(x))
 
 
 @pytest.mark.parametrize("shape", [VECTOR, MAP], ids=["vector", "map"])
@@ -535,12 +567,6 @@ def as_module(function: Callable[[Tensor], Any]) -> nn.Module:
     module = nn.Module()
     module.forward = function
     return module
-
-
-def test_triton_is_refused_in_a_clear_sentence() -> None:
-    x, context = inputs(VECTOR)
-    with use_backend("triton"), pytest.raises(mint.BackendError, match="is given a context"):
-        make_layer()(x, context)
 
 
 # ------------------------------------------------------------------ as a module among others

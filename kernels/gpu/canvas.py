@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mintnet_triton.kernels.canvas import Canvas
+from mintnet_triton.kernels.reference import per_pixel
 
 #: fewer channels than this go by columns
 COLUMNS_BELOW = 16
@@ -42,6 +43,13 @@ class Image(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor | None) -> "Image":
         return cls(None) if tensor is None else cls(tensor, *tensor.stride())
+
+
+def given(values: Tensor | None, like: Tensor) -> Image | None:
+    """A part of a :class:`.Condition` for each pixel of images like that, without copies."""
+    if values is None:
+        return None
+    return Image.of(per_pixel(values).expand(len(like), -1, *like.shape[2:]))
 
 
 def by_columns(channels: int) -> bool:
@@ -76,6 +84,14 @@ def position(place, sample, canvas):
     pitch = canvas.width + canvas.radius
     gap = canvas.radius * pitch
     return (place + sample * gap + gap + canvas.radius).to(tl.int64)
+
+
+@triton.jit
+def load_given(image, sample, row, column, n, mask, other):
+    """Channels n of an :class:`Image` at some pixels."""
+    at = sample.to(tl.int64) * image.sample + row.to(tl.int64) * image.row + column * image.column
+    at = at[:, None] + n[None, :].to(tl.int64) * image.channel
+    return tl.load(image.data + at, mask=mask, other=other)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from torch import Tensor
 from mintnet_triton.kernels import ranges
 from mintnet_triton.kernels.gpu.activation import activate, slope, slope_derivative
 from mintnet_triton.kernels.gpu.canvas import (
+    load_given,
     locate,
     padded,
     position,
@@ -186,6 +187,7 @@ def hidden_kernel(
     x,  # canvas of what is convolved
     weight,  # (taps, outputs, stride of x)
     bias,  # (outputs,), or None
+    shift,  # what a context adds, as an Image; or None
     diagonal,  # a Diagonal
     own,  # canvas of this layer, for its gradient; or None
     sums,  # (tiles, outputs): that gradient, summed over places
@@ -224,7 +226,7 @@ def hidden_kernel(
     valid = place < places
     # Lanes beyond the places, or the outputs, do what the last one does.
     here = tl.minimum(place, places - 1)
-    sample, _, column = locate(here, canvas)
+    sample, row, column = locate(here, canvas)
     if residuals is not None:
         running = is_running(residuals, sample, samples, limits) & valid
         if tl.max(running.to(tl.int32), 0) == 0:
@@ -265,6 +267,8 @@ def hidden_kernel(
     if bias is not None:
         total += tl.load(bias + output).to(F)[None, :]
     seen = (valid & (column < canvas.width))[:, None] & (n < outputs)[None, :]
+    if shift is not None:
+        total += load_given(shift, sample, row, column, n, seen, 0.0).to(F)
     if own is not None:
         s = slope(tl.load(own + pixel, mask=held, other=0.0).to(F), ACTIVATION)
         total = tl.where(seen, total * s, 0.0)
@@ -297,10 +301,12 @@ def hidden_kernel(
 
 @triton.jit
 def collect_diagonal(
-    shares, t, place, places, pixel, inside, n, units, colours, SHARES: tl.constexpr
+    shares, t, factor, place, places, pixel, inside, n, units, colours, SHARES: tl.constexpr
 ):
     """``t`` plus the shares of the diagonal at some places, for colours n; 1 outside."""
     total = tl.load(t + pixel, mask=inside, other=1.0)
+    if factor is not None:
+        total *= factor
     # The tiles, SHARES[1] channels wide, that hold units of the colour.
     spans = ((n + 1) * units - 1) // SHARES[1] - n * units // SHARES[1]
     SLOTS: tl.constexpr = SHARES[0]
@@ -322,10 +328,11 @@ def output_kernel(
     weight,  # (taps, colours, stride of h)
     bias,  # (colours,), or None
     t,  # (colours, height, width)
+    scale,  # what a context multiplies t by, as an Image; or None
     shares,  # of the diagonal (slots, places, colours)
     x,  # an Image
     z,  # as y, for an update; or None
-    scale,  # (samples,): a residual is relative to it
+    size,  # (samples,): a residual is relative to it
     residuals,  # (3, padded samples): of the two iterations before; of this one, zero so far
     limits,  # (3,): alpha, tolerance, gain
     samples,
@@ -376,14 +383,20 @@ def output_kernel(
         total += tl.load(bias + n, mask=n < colours, other=0.0).to(F)[None, :]
     pixel = n[None, :] * area + (row * canvas.width + column)[:, None]
     at = sample.to(tl.int64)[:, None] * (colours * area) + pixel
+    factor = None
+    if scale is not None:
+        factor = load_given(scale, sample, row, column, n, inside, 1.0).to(F)
     if x.data is not None:
         x_at = sample.to(tl.int64) * x.sample + row.to(tl.int64) * x.row + column * x.column
         x_at = x_at[:, None] + n[None, :].to(tl.int64) * x.channel
         x_value = tl.load(x.data + x_at, mask=inside, other=0.0).to(F)
-        total += tl.load(t + pixel, mask=inside, other=0.0) * x_value
+        own_t = tl.load(t + pixel, mask=inside, other=0.0)
+        if scale is not None:
+            own_t *= factor
+        total += own_t * x_value
     if shares is not None:
         entries = collect_diagonal(
-            shares, t, place, places, pixel, inside, n, units, colours, SHARES
+            shares, t, factor, place, places, pixel, inside, n, units, colours, SHARES
         )
         log = tl.sum(tl.where(inside, tl.log(entries), 0.0), 1)
         if z is None:
@@ -391,7 +404,7 @@ def output_kernel(
         else:
             error = total - tl.load(z + at, mask=inside, other=0.0)
             total = x_value - tl.load(limits) * (error / entries)
-            relative = tl.abs(error / tl.load(scale + sample)[:, None])
+            relative = tl.abs(error / tl.load(size + sample)[:, None])
             # Bits of non-negative floats are ordered as the floats are, and NaN comes last: so an
             # integer maximum, in any order of the tiles, is the maximum, or NaN if there is one.
             INTEGER: tl.constexpr = tl.int64 if F == tl.float64 else tl.int32

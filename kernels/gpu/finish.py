@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.gpu import launching
-from mintnet_triton.kernels.gpu.canvas import Image, by_columns, padded, unit_below
+from mintnet_triton.kernels.gpu.canvas import Image, by_columns, given, padded, unit_below
 from mintnet_triton.kernels.gpu.weights import (
     ELEMENTS,
     LEAST_T,
@@ -97,7 +97,7 @@ def finish_outer(
 
 @triton.jit
 def finish_kernel(
-    gradients, weights, parts, counts, x, by_y, samples, canvas, units, colours,
+    gradients, weights, parts, counts, x, by_y, scale, samples, canvas, units, colours,
     KERNELS: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr, TRIANGLE: tl.constexpr,
     ENDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -189,11 +189,19 @@ def finish_kernel(
         for number in range(samples):
             sample = tl.cast(number, tl.int64)
             at = (p + sample * (canvas.height + canvas.radius) * pitch) * colours + c
-            total += tl.load(parts.by_diagonal + at, mask=mask, other=0.0)
+            by_diagonal = tl.load(parts.by_diagonal + at, mask=mask, other=0.0)
+            if scale is not None:
+                at = sample * scale.sample + c.to(tl.int64) * scale.channel
+                at += row.to(tl.int64) * scale.row + column.to(tl.int64) * scale.column
+                factor = tl.load(scale.data + at, mask=mask, other=0.0).to(F)
+                by_diagonal *= factor
+            total += by_diagonal
             if by_y.data is not None:
                 at = sample * by_y.sample + c.to(tl.int64) * by_y.channel
                 at += row.to(tl.int64) * by_y.row + column.to(tl.int64) * by_y.column
                 g = tl.load(by_y.data + at, mask=mask, other=0.0).to(F)
+                if scale is not None:
+                    g *= factor
                 at = sample * x.sample + c.to(tl.int64) * x.channel
                 at += row.to(tl.int64) * x.row + column.to(tl.int64) * x.column
                 total += g * tl.load(x.data + at, mask=mask, other=0.0).to(F)
@@ -209,7 +217,7 @@ def finish_kernel(
 
 def finish(
     weights: Weights, parts: Parts, x: Tensor, by_y: Tensor | None, canvas: Canvas,
-    structure: Structure,
+    structure: Structure, scale: Tensor | None,
 ) -> Weights:  # fmt: skip
     """Gradients by the weights, each in its dtype."""
     colours = len(weights.t)
@@ -220,7 +228,8 @@ def finish(
     launching.launch(
         finish_kernel,
         (max(triton.cdiv(hidden, UNITS), triton.cdiv(most, ELEMENTS)), 3),
-        gradients, weights, parts, counts, Image.of(x), Image.of(by_y), len(x), canvas,
+        gradients, weights, parts, counts, Image.of(x), Image.of(by_y), given(scale, x),
+        len(x), canvas,
         hidden // colours, colours,
         KERNELS=weights.kernels, COLUMNS=by_columns(colours), ORDER=structure.order,
         TRIANGLE=structure.triangle, ENDS=UNITS, WIDTH=64, BLOCK=ELEMENTS, num_warps=4,

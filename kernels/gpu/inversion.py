@@ -22,7 +22,7 @@ from mintnet_triton.kernels.backend import is_capturing
 from mintnet_triton.kernels.gpu.launching import padded
 from mintnet_triton.kernels.gpu.mint_layer import Shape, run_hidden, run_output
 from mintnet_triton.kernels.gpu.weights import Packed
-from mintnet_triton.kernels.reference import Structure, Weights
+from mintnet_triton.kernels.reference import Condition, Structure, Weights, per_pixel
 
 #: iterations between two looks at the residuals by the host
 STRIDE = 8
@@ -39,7 +39,7 @@ class Iterated(NamedTuple):
 
 def fixed_point(
     z: Tensor, start: Tensor, packed: Packed, weights: Weights, structure: Structure, alpha: float,
-    iterations: int, tolerance: float, gain: float = inf,
+    iterations: int, tolerance: float, gain: float = inf, condition: Condition | None = None,
 ) -> Iterated:  # fmt: skip
     """Solve f(x) = z for one layer, starting from ``start``.
 
@@ -49,6 +49,7 @@ def fixed_point(
         iterations: most updates, T.
         tolerance: largest ``max |f(x) - z| / max(1, max |z|)`` at which a sample stops.
         gain: a sample stops, too, whose residual is larger than that times the one before.
+        condition: of the samples, where a context gives one.
     """
     z = z.contiguous()
     batch = len(z)
@@ -58,7 +59,9 @@ def fixed_point(
     rows = z.new_zeros(iterations + 3, padded(batch))
     rows[0], rows[1] = inf, torch.finfo(z.dtype).max
     before, residuals = rows[:-1, :batch], rows[1:, :batch]
-    scale = z.abs().flatten(1).amax(1).clamp(min=1)
+    size = z.abs().flatten(1).amax(1).clamp(min=1)
+    shift1, shift2, shift3, scale = condition or (None,) * 4
+    z = z if shift3 is None else z - per_pixel(shift3)
     copies = (start.clone(memory_format=torch.contiguous_format), torch.empty_like(z))
     h1, h2 = shape.new_hidden(z), shape.new_hidden(z)
     logs = shape.new_logs(packed.t)
@@ -69,9 +72,9 @@ def fixed_point(
         if looks and not bool(is_running(before[i], residuals[i], limits).any()):
             break
         run = (rows[i : i + 3], limits)
-        shares = run_hidden(x, h1, h2, packed, weights.biases[:2], shape, run)
+        shares = run_hidden(x, h1, h2, packed, weights.biases[:2], shape, (shift1, shift2), run)
         run_output(
-            x_next, None, logs, x, h2, shares, packed, weights.bias3, shape, (z, scale, *run)
+            x_next, None, logs, x, h2, shares, packed, weights.bias3, shape, scale, (z, size, *run)
         )
     steps = is_running(before[:-1], residuals[:-1], limits).sum(0) - 1
     answer = torch.where((steps % 2 == 0).view(-1, 1, 1, 1), *copies)

@@ -56,7 +56,7 @@ def run_conv(
     out = new_canvas(x, canvas, samples, padded(outputs), weight.dtype)
     launching.launch(
         hidden_kernel, tile.grid(places, padded(outputs)),
-        out, None, source, weight, bias, Diagonal(), *(None,) * 4, samples, canvas, units_in,
+        out, None, source, weight, bias, None, Diagonal(), *(None,) * 4, samples, canvas, units_in,
         outputs // colours, colours, ACTIVATION="identity", KERNEL=1 if columns else kernel,
         ORDER=order, TRIANGLE=ordering[1], PRECISION=launching.precision_of(weight.dtype),
         **tile.launch(),

@@ -15,13 +15,19 @@ from torch import Tensor
 from mintnet_triton.kernels._library import compute_dtype, only_once, opposite, register
 from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.gpu import configs, launching
-from mintnet_triton.kernels.gpu.canvas import Image, by_columns, columns_kernel, new_canvas
+from mintnet_triton.kernels.gpu.canvas import Image, by_columns, columns_kernel, given, new_canvas
 from mintnet_triton.kernels.gpu.convolution import Diagonal, hidden_kernel, output_kernel
 from mintnet_triton.kernels.gpu.finish import Parts, finish
 from mintnet_triton.kernels.gpu.gradients import upstream_kernel, weight_gradient_kernel
-from mintnet_triton.kernels.gpu.launching import padded
+from mintnet_triton.kernels.gpu.launching import accumulator, padded
 from mintnet_triton.kernels.gpu.weights import Packed, empty_packed, pack
-from mintnet_triton.kernels.reference import Structure, Weights
+from mintnet_triton.kernels.reference import (
+    Condition,
+    Structure,
+    Weights,
+    positive,
+    shifted,
+)
 
 
 class Shape(NamedTuple):
@@ -126,11 +132,12 @@ def run_columns(x: Tensor, shape: Shape) -> Tensor:
 
 def run_hidden(
     x: Tensor, h1: Tensor, h2: Tensor, packed: Packed, biases: tuple[Tensor | None, ...],
-    shape: Shape, running: tuple[Tensor, Tensor] | None = None,
+    shape: Shape, shifts: Sequence[Tensor | None], running: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch what fills the canvases of h1 and h2.
 
     Args:
+        shifts: of both, or None, as a :class:`.Condition` has them.
         running: rows of residuals and limits, as :func:`run_output` has them: samples that have
             stopped are skipped.
 
@@ -146,15 +153,15 @@ def run_hidden(
         (slots(shape.units, shape.colours, width), shape.places, shape.colours)
     )
     diagonal = Diagonal(slopes, packed.centres, packed.ends, shares)
-    for tile, out, written, inputs, weight, bias, joined, units, k, seen in (
-        (first, h1, slopes, image, packed.weight1, biases[0], Diagonal(), units_in, kernel,
-         order),
-        (middle, h2, None, h1, packed.weight2, biases[1], diagonal, shape.units, shape.kernels[1],
+    for tile, out, written, inputs, weight, number, joined, units, k, seen in (
+        (first, h1, slopes, image, packed.weight1, 0, Diagonal(), units_in, kernel, order),
+        (middle, h2, None, h1, packed.weight2, 1, diagonal, shape.units, shape.kernels[1],
          shape.structure.order),
     ):  # fmt: skip
         launching.launch(
             hidden_kernel, tile.grid(shape.places, padded(shape.hidden)),
-            out, written, inputs, weight, bias, joined, None, None, *(running or (None, None)),
+            out, written, inputs, weight, biases[number], given(shifts[number], x), joined, None,
+            None, *(running or (None, None)),
             shape.samples, shape.canvas, units, shape.units, shape.colours,
             ACTIVATION=activation, KERNEL=k, **shape.constants(seen), **tile.launch(),
         )  # fmt: skip
@@ -163,18 +170,20 @@ def run_hidden(
 
 def run_output(
     y: Tensor, diagonal: Tensor | None, logs: Tensor, x: Tensor, h2: Tensor, shares: Tensor,
-    packed: Packed, bias: Tensor | None, shape: Shape, update: tuple[Tensor, ...] | None = None,
+    packed: Packed, bias: Tensor | None, shape: Shape, scale: Tensor | None,
+    update: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
     """Launch the last kernel of a layer: fill y, the diagonal and its logarithms.
 
     Args:
-        update: z, its scale, three rows of residuals, and alpha, tolerance and gain: y becomes the
+        scale: of t, or None, as a :class:`.Condition` has it.
+        update: z, its size, three rows of residuals, and alpha, tolerance and gain: y becomes the
             x of the next iteration.
     """
     tile = shape.output_tile(x)
     launching.launch(
         output_kernel, tile.grid(shape.places, shape.colours),
-        y, diagonal, logs, h2, packed.weight3, bias, packed.t, shares, Image.of(x),
+        y, diagonal, logs, h2, packed.weight3, bias, packed.t, given(scale, x), shares, Image.of(x),
         *(update or (None,) * 4), shape.samples, shape.canvas, shape.units, shape.colours,
         SHARES=(len(shares), shape.tile(x, shape.units).blocks.outputs), KERNEL=shape.kernels[2],
         **shape.constants(shape.structure.order), **tile.launch(),
@@ -184,8 +193,9 @@ def run_output(
 def _layer(
     x: Tensor, weight1: Tensor, weight2: Tensor, weight3: Tensor, centres: Tensor, ends: Tensor,
     t: Tensor, bias1: Tensor | None, bias2: Tensor | None, bias3: Tensor | None,
-    kernels: Sequence[int], structure: Sequence[str],
+    kernels: Sequence[int], structure: Sequence[str], condition: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shift1, shift2, scale = condition or (None,) * 3
     packed = Packed(weight1, weight2, weight3, centres, ends, t)
     shape = Shape.of(
         x, len(ends), kernels, weight2.dtype, launching.default_precision(), Structure(*structure)
@@ -193,16 +203,16 @@ def _layer(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     diagonal = t.new_empty(x.shape)
     h1, h2 = shape.new_hidden(x), shape.new_hidden(x)
-    shares = run_hidden(x, h1, h2, packed, (bias1, bias2), shape)
+    shares = run_hidden(x, h1, h2, packed, (bias1, bias2), shape, (shift1, shift2))
     logs = shape.new_logs(t)
-    run_output(y, diagonal, logs, x, h2, shares, packed, bias3, shape)
+    run_output(y, diagonal, logs, x, h2, shares, packed, bias3, shape, scale)
     return y, diagonal, logs.sum((0, 2)), h1, h2
 
 
 def _layer_fake(
     x: Tensor, weight1: Tensor, weight2: Tensor, weight3: Tensor, centres: Tensor, ends: Tensor,
     t: Tensor, bias1: Tensor | None, bias2: Tensor | None, bias3: Tensor | None,
-    kernels: Sequence[int], structure: Sequence[str],
+    kernels: Sequence[int], structure: Sequence[str], condition: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shape = Shape.of(x, ends.shape[0], kernels, weight2.dtype, "ieee", Structure(*structure))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -213,12 +223,13 @@ def _layer_fake(
 def _backward(
     x: Tensor, diagonal: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor | None,
     by_diagonal: Tensor | None, by_log_det: Tensor | None, weights: Sequence[Tensor | None],
-    structure: Sequence[str], by_weights: bool,
+    structure: Sequence[str], by_weights: bool, condition: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     owned = Weights.of(weights)
+    shift1, shift2, scale = condition or (None,) * 3
     if not len(x):
-        given = [one for one in weights if one is not None] if by_weights else []
-        return [torch.zeros_like(one) for one in (x, *given)]
+        wanted = [one for one in weights if one is not None] if by_weights else []
+        return [torch.zeros_like(one) for one in (x, *wanted, *(condition or ())[:2])]
     precision = launching.default_precision()
     hidden = len(owned.weight1)
     shape = Shape.of(x, hidden, owned.kernels, h1.dtype, precision, Structure(*structure))
@@ -254,7 +265,7 @@ def _backward(
         sums.append(diagonal.new_empty((triton.cdiv(shape.places, tile.blocks.places), hidden)))
         launching.launch(
             hidden_kernel, tile.grid(shape.places, padded(hidden)),
-            out, written, inputs, weight, None, joined, own, sums[-1], None, None,
+            out, written, inputs, weight, None, None, joined, own, sums[-1], None, None,
             shape.samples, shape.canvas, units, shape.units, shape.colours,
             ACTIVATION=activation, KERNEL=k, **shape.constants(seen, transposed=True),
             **tile.launch(),
@@ -264,17 +275,37 @@ def _backward(
     tile = shape.output_tile(x)
     launching.launch(
         output_kernel, tile.grid(shape.places, shape.colours),
-        by_x, None, None, by_a1, packed.weight1, None, packed.t, None, Image.of(by_y),
-        None, None, None, None, shape.samples, shape.canvas, shape.units, shape.colours,
+        by_x, None, None, by_a1, packed.weight1, None, packed.t, given(scale, x), None,
+        Image.of(by_y), None, None, None, None, shape.samples, shape.canvas, shape.units,
+        shape.colours,
         SHARES=(0, 1), KERNEL=k1, **shape.constants(order, transposed=True), **tile.launch(),
     )  # fmt: skip
+    by_shifts = [
+        _sum_to(shift, _images(canvas, shape))
+        for shift, canvas in ((shift1, by_a1), (shift2, by_a2))
+        if shift is not None
+    ]
     if not by_weights:
-        return [by_x]
+        return [by_x, *by_shifts]
     middle = run_weight_gradient(by_a2, h1, k2, shape, slopes=(slopes2, slopes1))
     first, last = _outer_gradients(x_side, y_side, by_a1, h2, shape)
     parts = Parts(first, middle, last, sums[1], sums[0], sums3, g, packed.largest)
-    gradients = finish(owned, parts, x, by_y, shape.canvas, shape.structure)
-    return [by_x, *(one for one in gradients if one is not None)]
+    gradients = finish(owned, parts, x, by_y, shape.canvas, shape.structure, scale)
+    return [by_x, *(one for one in gradients if one is not None), *by_shifts]
+
+
+def _images(values: Tensor, shape: Shape) -> Tensor:
+    """The pixels (B, C*K, H, W) of a canvas of a hidden layer."""
+    canvas, stride = shape.canvas, values.stride(0)
+    size = (shape.samples, shape.hidden, canvas.height, canvas.width)
+    strides = (canvas.distance(canvas.rows, 0) * stride, 1, canvas.pitch * stride, stride)
+    return values.as_strided(size, strides, canvas.place(0, 0, 0) * stride)
+
+
+def _sum_to(like: Tensor, images: Tensor) -> Tensor:
+    """A gradient by pixels, as one by what is the same for all pixels of a sample, or is not."""
+    total = images if like.ndim == 4 else images.sum((2, 3), dtype=accumulator(images.dtype))
+    return total.to(like.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _outer_gradients(
@@ -328,11 +359,16 @@ def run_weight_gradient(
 def _backward_fake(
     x: Tensor, diagonal: Tensor, h1: Tensor, h2: Tensor, by_y: Tensor | None,
     by_diagonal: Tensor | None, by_log_det: Tensor | None, weights: Sequence[Tensor | None],
-    structure: Sequence[str], by_weights: bool,
+    structure: Sequence[str], by_weights: bool, condition: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     gradients = weights if by_weights else ()
-    return [by_x, *(torch.empty_like(one) for one in gradients if one is not None)]
+    found = [torch.empty_like(one) for one in gradients if one is not None]
+    by_shifts = [
+        torch.empty_like(one, memory_format=torch.contiguous_format)
+        for one in (condition or ())[:2]
+    ]
+    return [by_x, *found, *by_shifts]
 
 
 def _pack(
@@ -359,14 +395,14 @@ pack_op = register(
 layer_op = register(
     "mint_layer(Tensor x, Tensor weight1, Tensor weight2, Tensor weight3, Tensor centres, "
     "Tensor ends, Tensor t, Tensor? bias1, Tensor? bias2, Tensor? bias3, int[] kernels, "
-    "str[] structure) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str[] structure, Tensor[]? condition=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _layer,
     _layer_fake,
 )
 backward_op = register(
     "mint_layer_backward(Tensor x, Tensor diagonal, Tensor h1, Tensor h2, Tensor? by_y, "
     "Tensor? by_diagonal, Tensor? by_log_det, Tensor?[] weights, str[] structure, "
-    "bool by_weights) -> Tensor[]",
+    "bool by_weights, Tensor[]? condition=None) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -378,10 +414,14 @@ def packed(weights: Weights, dtype: torch.dtype, precision: str, structure: Stru
 
 
 def _evaluate(
-    x: Tensor, weights: Weights, structure: Structure, dtype: torch.dtype
+    x: Tensor,
+    weights: Weights,
+    structure: Structure,
+    dtype: torch.dtype,
+    condition: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     read = packed(weights, dtype, launching.precision_of(dtype), structure)
-    results = layer_op(x, *read[:6], *weights.biases, weights.kernels, list(structure))
+    results = layer_op(x, *read[:6], *weights.biases, weights.kernels, list(structure), condition)
     return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], results)
 
 
@@ -390,13 +430,16 @@ class _MintLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, structure: Structure, recompute: bool, *weights: Tensor | None
+        ctx: Any, x: Tensor, structure: Structure, recompute: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.structure, ctx.recompute = structure, recompute
-        ctx.dtype = compute_dtype(cast(Tensor, weights[2]))
-        y, diagonal, log_det, h1, h2 = _evaluate(x, Weights.of(weights), structure, ctx.dtype)
-        ctx.save_for_backward(x, *weights, *(() if recompute else (diagonal, h1, h2)))
+        ctx.dtype = compute_dtype(cast(Tensor, tensors[2]))
+        weights, condition = tensors[:7], _given(tensors[7:])
+        y, diagonal, log_det, h1, h2 = _evaluate(
+            x, Weights.of(weights), structure, ctx.dtype, condition
+        )
+        ctx.save_for_backward(x, *tensors, *(() if recompute else (diagonal, h1, h2)))
         return y, diagonal, log_det
 
     @staticmethod
@@ -404,29 +447,68 @@ class _MintLayer(torch.autograd.Function):
     def backward(
         ctx: Any, saved: tuple[Any, ...], *upstream: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, weights, kept = saved[0], list(saved[1:8]), saved[8:]
+        x, weights, condition, kept = saved[0], list(saved[1:8]), _given(saved[8:11]), saved[11:]
         if ctx.recompute:
-            _, diagonal, _, h1, h2 = _evaluate(x, Weights.of(weights), ctx.structure, ctx.dtype)
+            _, diagonal, _, h1, h2 = _evaluate(
+                x, Weights.of(weights), ctx.structure, ctx.dtype, condition
+            )
             kept = diagonal, h1, h2
-        wanted = any(ctx.needs_input_grad[3:])
-        by_x, *by_weights = backward_op(
-            x, *kept, *upstream, weights, list(ctx.structure), wanted
-        )  # fmt: skip
-        given = iter(by_weights)
-        found = (next(given) if wanted and one is not None else None for one in weights)
-        return by_x, None, None, *found
+        wanted = any(ctx.needs_input_grad[3:10])
+        by_x, *results = backward_op(
+            x, *kept, *upstream, weights, list(ctx.structure), wanted, condition
+        )
+        rest = iter(results)
+        found = [next(rest) if wanted and one is not None else None for one in weights]
+        if condition is None:
+            return by_x, None, None, *found, None, None, None
+        by_scale = _by_scale(condition[2], weights[6], x, kept[0], upstream)
+        return by_x, None, None, *found, *rest, by_scale
+
+
+def _given(condition: Sequence[Tensor | None]) -> list[Tensor] | None:
+    """Both shifts of hidden layers and the scale, if there is a condition."""
+    found = [one for one in condition if one is not None]
+    return found or None
+
+
+def _by_scale(
+    scale: Tensor, t: Tensor, x: Tensor, diagonal: Tensor, upstream: tuple[Tensor | None, ...]
+) -> Tensor:
+    """The gradient by the scale of t, which is in ``t x`` and in the diagonal."""
+    by_y, by_diagonal, by_log_det = upstream
+    total = torch.zeros_like(diagonal)
+    if by_y is not None:
+        total = total + by_y.to(total.dtype) * x
+    if by_diagonal is not None:
+        total = total + by_diagonal
+    if by_log_det is not None:
+        total = total + by_log_det[:, None, None, None] / diagonal
+    total = total * positive(t)
+    return (total if scale.ndim == 4 else total.sum((2, 3))).to(scale.dtype)
 
 
 def packed_forward(
-    x: Tensor, packed: Packed, weights: Weights, structure: Structure
+    x: Tensor,
+    packed: Packed,
+    weights: Weights,
+    structure: Structure,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
-    results = layer_op(x, *packed[:6], *weights.biases, weights.kernels, list(structure))
-    return cast(tuple[Tensor, Tensor, Tensor], results[:3])
+    shift1, shift2, shift3, scale = condition or (None,) * 4
+    inner = _given((shift1, shift2, scale))
+    y, diagonal, log_det, *_ = layer_op(
+        x, *packed[:6], *weights.biases, weights.kernels, list(structure), inner
+    )
+    return shifted(y, shift3), diagonal, log_det
 
 
 def mint_forward(
-    x: Tensor, weights: Weights, structure: Structure, recompute: bool = False
+    x: Tensor,
+    weights: Weights,
+    structure: Structure,
+    recompute: bool = False,
+    condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`mintnet_triton.kernels.reference.mint_forward`, by the kernels of this room.
 
@@ -435,10 +517,14 @@ def mint_forward(
 
     Args:
         recompute: keep x alone for the backward pass, and compute the hidden layers again there.
+        condition: of the samples, where a context gives one.
 
     Returns:
         y (B, C, H, W) in the dtype of x; the diagonal (B, C, H, W) and log_det (B,), never below
         float32.
     """
-    results = _MintLayer.apply(x, structure, recompute, *weights.contiguous())
-    return cast(tuple[Tensor, Tensor, Tensor], results)
+    shift1, shift2, shift3, scale = condition or (None,) * 4
+    y, diagonal, log_det = _MintLayer.apply(
+        x, structure, recompute, *weights.contiguous(), shift1, shift2, scale
+    )
+    return shifted(y, shift3), diagonal, log_det

@@ -33,10 +33,10 @@ from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.fronts import Slopes, Wave, as_lower, empty_wave, steepest_share
 from mintnet_triton.kernels.gpu import configs, launching
 from mintnet_triton.kernels.gpu.activation import activate, slope
-from mintnet_triton.kernels.gpu.canvas import new_canvas, padded, position
+from mintnet_triton.kernels.gpu.canvas import given, load_given, new_canvas, padded, position
 from mintnet_triton.kernels.gpu.convolution import add_conv, add_taps, seen_inputs
 from mintnet_triton.kernels.gpu.weights import pack_alone
-from mintnet_triton.kernels.reference import MintWeights
+from mintnet_triton.kernels.reference import Condition, MintWeights
 
 STEPS = tl.constexpr(fronts.STEPS)
 SLACK = tl.constexpr(fronts.SLACK)
@@ -96,12 +96,14 @@ def wavefront_kernel(
     weights,  # MintWeights, packed
     share,  # (colours,): by how much a slope may exceed t
     slopes,  # Slopes, contiguous, if they are given
+    shifts,  # two Images, of both hidden layers; or None, twice
     samples, first_colour, first_plane, canvas, units, colours, ACTIVATION: tl.constexpr,
-    KERNELS: tl.constexpr, ORDER: tl.constexpr, BLOCKS: tl.constexpr,
+    KERNELS: tl.constexpr, ORDER: tl.constexpr, OWN_T: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Solve some unknowns of a front: of one colour, those with ``skew * row + column = plane``.
 
     ``first_plane`` is that of ``first_colour``; a colour's is skew^2 before that of the last one.
+    With OWN_T, t is one for each sample, as z is.
     """
     BLOCK_M: tl.constexpr = BLOCKS[0]
     BLOCK_N: tl.constexpr = BLOCKS[1]
@@ -142,18 +144,24 @@ def wavefront_kernel(
         colour, colour, 1, colours, stride_x, outputs * stride_x, pitch, KERNELS[0], ORDER,
         "below", "ieee", True, 16,
     )  # fmt: skip
-    tl.store(tile, known + tl.load(weights.bias1 + n)[None, :])
+    known += tl.load(weights.bias1 + n)[None, :]
+    if shifts[0] is not None:
+        known += load_given(shifts[0], sample, row, column, n, None, None)
+    tl.store(tile, known)
     known = add_conv(
         tl.zeros((BLOCK_M, BLOCK_N), F), layers.h1 + p * stride, weights.weight2 + n * stride,
         colour, colour, units, colours, stride, outputs * stride, pitch, KERNELS[1], ORDER,
         "below", "ieee", BLOCKS[5], BLOCKS[2],
     )  # fmt: skip
-    tl.store(tile + SIZE, known + tl.load(weights.bias2 + n)[None, :])
+    known += tl.load(weights.bias2 + n)[None, :]
+    if shifts[1] is not None:
+        known += load_given(shifts[1], sample, row, column, n, None, None)
+    tl.store(tile + SIZE, known)
     known = sum_conv(
         tl.zeros((BLOCK_M, WIDE), F), layers.h2 + p * stride, weights.weight3 + colour * stride,
         colour, units, colours, stride, pitch, KERNELS[2], ORDER,
     ) + tl.load(weights.bias3 + colour)  # fmt: skip
-    t, aim = tl.load(weights.t + colour * area + pixel), tl.load(z + place)
+    t, aim = tl.load(weights.t + (place if OWN_T else colour * area + pixel)), tl.load(z + place)
     tl.store(line, known)
     tl.store(line + BLOCK_M, t)
     tl.store(line + 2 * BLOCK_M, aim)
@@ -221,13 +229,18 @@ def wavefront_kernel(
 
 
 def wavefront(
-    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, triangle: str
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    triangle: str,
+    condition: Condition | None = None,
 ) -> Wave:
     """As :func:`.fronts.wavefront`, for this package's activations; float32 is multiplied exactly.
 
     It never waits for the device.
     """
-    return as_lower(_solve, z, weights, hidden, order, triangle)
+    return as_lower(_solve, z, weights, hidden, order, triangle, condition)
 
 
 def launches(
@@ -266,7 +279,11 @@ def pack(weights: MintWeights, order: str, block_n: int) -> MintWeights:
 
 @torch.no_grad()
 def _solve(
-    z: Tensor, weights: MintWeights, hidden: Activation | Slopes, order: str, _: object
+    z: Tensor,
+    weights: MintWeights,
+    hidden: Activation | Slopes,
+    order: str,
+    condition: Condition | None,
 ) -> Wave:
     z = z.contiguous()
     wave = empty_wave(z)
@@ -290,13 +307,14 @@ def _solve(
     )
     arguments = (
         wave, layers, z.new_empty(programs * active, room), z,
-        pack(weights, order, tile.blocks.outputs), steepest_share(weights, hidden), slopes, batch,
+        pack(weights, order, tile.blocks.outputs), steepest_share(weights, hidden), slopes,
+        tuple(given(one, z) for one in (condition or (None,) * 2)[:2]), batch,
     )  # fmt: skip
     for colour, active, plane in every:
         launching.launch(
             wavefront_kernel, (programs, active),
             *arguments, colour, plane, canvas, units, colours,
             ACTIVATION="given" if isinstance(hidden, Slopes) else hidden.name, KERNELS=kernels,
-            ORDER=order, **tile.launch(),
+            ORDER=order, OWN_T=weights.t.ndim == 4, **tile.launch(),
         )  # fmt: skip
     return wave

@@ -284,6 +284,8 @@ def _obstacle(x: Tensor, activation: Activation | None) -> str:
     """What keeps the kernels from running, or nothing."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
+    if x.ndim != 4:
+        return f"they know images of two axes alone, and the input is of shape {tuple(x.shape)}"
     if activation is not None and not is_known(activation):
         return f"they know no activation but this package's own, and {activation.name!r} is not one"
     if is_transformed():

@@ -272,7 +272,7 @@ def fixed_point(
         # What went astray begins anew.
         last = begun.residuals.gather(0, begun.iterations[None])[0]
         found = last <= begun.residuals[0]
-        start = torch.where(found.view(-1, 1, 1, 1), begun.x, start)
+        start = torch.where(found.view(-1, *[1] * (z.ndim - 1)), begun.x, start)
         steps = begun.iterations
     packed = weights.packed(z.dtype, "ieee", structure)
     x, log_det, residuals, iterated = triton_inversion.fixed_point(
@@ -344,10 +344,11 @@ def mint_jacobian_solver(
 
     def solve(right: Tensor) -> Tensor:
         times = len(right) // max(1, len(x))
-        repeated = Slopes(*(one.repeat(times, 1, 1, 1) for one in slopes))
+        ones = [1] * (right.ndim - 1)
+        repeated = Slopes(*(one.repeat(times, *ones) for one in slopes))
         again = linear
         if condition is not None:  # of which a linear layer keeps the scale alone
-            again = linear._replace(t=scaled(linear.t, condition).repeat(times, 1, 1, 1))
+            again = linear._replace(t=scaled(linear.t, condition).repeat(times, *ones))
         return mint_wavefront(right, again, repeated, order, triangle).x
 
     return solve

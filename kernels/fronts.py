@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.kernels.activation import Activation
-from mintnet_triton.kernels.reference import Condition, MintWeights, per_pixel, scaled
+from mintnet_triton.kernels.canvas import in_space, offsets
+from mintnet_triton.kernels.reference import Condition, MintWeights, scaled
 
 #: most steps of Newton's method: enough to bisect a bracket of 1e20 down to 1e-16
 STEPS = 400
@@ -52,41 +53,58 @@ class Slopes(NamedTuple):
     second: Tensor
 
 
-def front_numbers(colours: int, height: int, width: int, radius: int, order: str) -> Tensor:
+def front_numbers(
+    colours: int, height: int, width: int, radius: int, order: str, depth: int = 1, axes: int = 2
+) -> Tensor:
     """Which front every variable of a lower triangle belongs to, from 0: (C, H, W), int64.
 
     A variable depends on none of its own front or a later one, whatever it sees through three
-    convolutions of at most that radius. If H and W exceed the radius, no schedule of a layer whose
-    kernels all have that radius has fewer fronts.
+    convolutions of at most that radius. If all sizes exceed the radius, no schedule of a layer
+    whose kernels all have that radius has fewer fronts.
+
+    It is a linear function of the indices, ``s = radius + 1``. A tap looks r back along one axis at
+    least, and up to r ahead along those after it, the columns last. With weights of 1, s, s^2, ...
+    from the last axis to the first, it goes back by ``s^a - r (s^(a-1) + ... + 1) = 1`` or more.
+    In channel order, a colour before its own is seen r ahead along all axes, hence ``s^axes`` for
+    each colour; in pixel order it is seen at the same pixel, so that fronts of pixels have one
+    after the other a front for each colour.
+
+    Args:
+        depth: planes of a volume, (C, D, H, W).
+        axes: along which kernels look: 1 the columns alone, 3 planes too. Along others, sizes
+            are 1.
     """
-    colour, row, column = (torch.arange(size) for size in (colours, height, width))
-    colour, row = colour[:, None, None], row[:, None]
+    shape = (colours, *(depth, height, width)[-axes:])
+    indices: tuple[Tensor, ...] = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+    colour, *along = indices
     if radius == 0:
-        return colour.expand(colours, height, width)
-    plane = (radius + 1) * row + column
+        return colour
+    plane = torch.zeros_like(colour)
+    for one in along:
+        plane = (radius + 1) * plane + one
     if order == "channel":
-        return plane + (radius + 1) ** 2 * colour
+        of_colour: int = (radius + 1) ** axes
+        return plane + of_colour * colour
     return colours * plane + colour
 
 
-def seen_before(order: str, colour: int, colours: int, kernel: int) -> list[tuple[int, int, int]]:
+def seen_before(
+    order: str, colour: int, colours: int, kernel: int, axes: int = 2
+) -> list[tuple[int, ...]]:
     """What a convolution shows a colour of the variables before its own, in a lower triangle.
 
     Returns:
-        The colour seen, and how many rows and columns away.
+        The colour seen, and how many rows and columns away, or how far along other axes.
     """
-    radius = kernel // 2
     found = []
     for other in range(colours):
-        for dy in range(-radius, radius + 1):
-            for dx in range(-radius, radius + 1):
-                place = dy * kernel + dx
-                if order == "channel":
-                    seen = other < colour or (other == colour and place < 0)
-                else:
-                    seen = place < 0 or (place == 0 and other < colour)
-                if seen:
-                    found.append((other, dy, dx))
+        for place, away in enumerate(offsets(kernel, axes), start=-(kernel**axes // 2)):
+            if order == "channel":
+                seen = other < colour or (other == colour and place < 0)
+            else:
+                seen = place < 0 or (place == 0 and other < colour)
+            if seen:
+                found.append((other, *away))
     return found
 
 
@@ -96,7 +114,7 @@ def reverse(images: Tensor, colours: int) -> Tensor:
     The units of a colour keep their order.
     """
     by_colour: Tensor = images.unflatten(1, (colours, -1))
-    return by_colour.flip(1, 3, 4).flatten(1, 2)
+    return by_colour.flip(1, *range(3, by_colour.ndim)).flatten(1, 2)
 
 
 def reverse_weights(weights: MintWeights) -> MintWeights:
@@ -105,7 +123,7 @@ def reverse_weights(weights: MintWeights) -> MintWeights:
 
     def conv(weight: Tensor) -> Tensor:
         blocks: Tensor = weight.unflatten(1, (colours, -1)).unflatten(0, (colours, -1))
-        return blocks.flip(0, 2, 4, 5).flatten(0, 1).flatten(1, 2)
+        return blocks.flip(0, 2, *range(4, blocks.ndim)).flatten(0, 1).flatten(1, 2)
 
     def bias(values: Tensor) -> Tensor:
         by_colour: Tensor = values.unflatten(0, (colours, -1))
@@ -121,13 +139,13 @@ def reverse_weights(weights: MintWeights) -> MintWeights:
         weights.centre1.flip(0),
         weights.centre2.flip(0),
         weights.centre3.flip(0),
-        weights.t.flip(-3, -2, -1),
+        weights.t.flip(*range(1 - weights.weight1.ndim, 0)),
     )
 
 
 def reverse_condition(condition: Condition, colours: int) -> Condition:
     """The condition of that layer."""
-    return Condition(*(reverse(per_pixel(one), colours).view_as(one) for one in condition))
+    return Condition(*(reverse(one, colours) for one in condition))
 
 
 def transpose_weights(weights: MintWeights) -> MintWeights:
@@ -137,7 +155,7 @@ def transpose_weights(weights: MintWeights) -> MintWeights:
     """
 
     def conv(weight: Tensor) -> Tensor:
-        return weight.flip(2, 3).transpose(0, 1)
+        return weight.flip(*range(2, weight.ndim)).transpose(0, 1)
 
     return MintWeights(
         conv(weights.weight3),
@@ -219,7 +237,7 @@ def as_lower(
 ) -> Wave:
     """Solve either triangle by a solver of lower ones, which sees to the first two shifts."""
     if condition is not None:
-        z = z - per_pixel(condition.shift3)
+        z = z - condition.shift3
         weights = weights._replace(t=scaled(weights.t, condition))
     if triangle == "lower":
         return solve(z, weights, hidden, order, condition)
@@ -262,31 +280,34 @@ def _solve(
     order: str,
     condition: Condition | None,
 ) -> Wave:
-    batch, colours, height, width = z.shape
+    batch, colours, *size = z.shape
     units = weights.centre1.shape[1]
     convolutions = (weights.weight1, weights.weight2, weights.weight3)
     biases = (weights.bias1, weights.bias2, weights.bias3)
-    added = [per_pixel(shift).expand(-1, -1, height, width) for shift in (condition or ())[:2]]
+    added = [shift.expand(-1, -1, *size) for shift in (condition or ())[:2]]
     t = weights.t.expand_as(z)
     radius = max(weight.shape[-1] for weight in convolutions) // 2
-    fronts = front_numbers(colours, height, width, radius, order).to(z.device)
+    depth, height, width = in_space(size, 1)
+    fronts = front_numbers(colours, height, width, radius, order, depth, len(size)).to(z.device)
     share = steepest_share(weights, hidden)
     seen = [[_taps(weight, order, c, colours) for weight in convolutions] for c in range(colours)]
     wave = empty_wave(z)
     # By pixel, with the units last; what lies outside the image stays zero.
-    padded = (batch, colours, height + 2 * radius, width + 2 * radius)
-    layers = [z.new_zeros(*padded, size) for size in (1, units, units)]
+    padded = (batch, colours, *(side + 2 * radius for side in size))
+    layers = [z.new_zeros(*padded, channels) for channels in (1, units, units)]
     for front in range(int(fronts.max()) + 1):
         for c in range(colours):
-            rows, columns = (fronts[c] == front).nonzero(as_tuple=True)
-            if not len(rows):
+            pixels = (fronts[c] == front).nonzero(as_tuple=True)
+            if not len(pixels[0]):
                 continue
-            here = (slice(None), c, rows, columns)
+            here: Any = (slice(None), c, *pixels)
+            padded_here: Any = (slice(None), c, *(along + radius for along in pixels))
             known = []
-            for layer, bias, (offsets, weight) in zip(layers, biases, seen[c], strict=True):
-                other, dy, dx = offsets
-                near = layer[:, other, rows[:, None] + radius + dy, columns[:, None] + radius + dx]
-                known.append(near.flatten(2) @ weight + bias.unflatten(0, (colours, -1))[c])
+            for layer, bias, (taps, weight) in zip(layers, biases, seen[c], strict=True):
+                other, *away = taps
+                places = (at[:, None] + by for at, by in zip(padded_here[2:], away, strict=True))
+                near: Any = (slice(None), other, *places)
+                known.append(layer[near].flatten(2) @ weight + bias.unflatten(0, (colours, -1))[c])
             for values, shift in zip(known, added, strict=False):
                 values += _at(shift, colours, here)
             x, h1, h2, *rest = _newton(
@@ -298,21 +319,22 @@ def _solve(
                 (weights.centre1[c], weights.centre2[c].T, weights.centre3[c]),
             )
             for layer, values in zip(layers, (x.unsqueeze(2), h1, h2), strict=True):
-                layer[:, c, rows + radius, columns + radius] = values
+                layer[padded_here] = values
             for field, values in zip(wave, (x, *rest), strict=True):
                 field[here] = values
     return wave
 
 
 def _taps(weight: Tensor, order: str, colour: int, colours: int) -> tuple[Tensor, Tensor]:
-    """Where a colour looks, (3, T), and with which weights, (T * inputs, outputs)."""
-    middle = weight.shape[-1] // 2
-    seen = seen_before(order, colour, colours, weight.shape[-1])
-    offsets = torch.tensor(seen, dtype=torch.int64, device=weight.device).view(-1, 3).T
-    other, dy, dx = offsets
+    """Where a colour looks, (1 + axes, T), and with which weights, (T * inputs, outputs)."""
+    axes, middle = weight.ndim - 2, weight.shape[-1] // 2
+    seen = seen_before(order, colour, colours, weight.shape[-1], axes)
+    taps = torch.tensor(seen, dtype=torch.int64, device=weight.device).view(-1, 1 + axes).T
+    other, *away = taps
     blocks = weight.unflatten(1, (colours, -1)).unflatten(0, (colours, -1))[colour]
-    taps = blocks.permute(1, 3, 4, 2, 0)[other, dy + middle, dx + middle]
-    return offsets, taps.flatten(0, 1)
+    by_tap = blocks.permute(1, *range(3, blocks.ndim), 2, 0)
+    here: Any = (other, *(by + middle for by in away))
+    return taps, by_tap[here].flatten(0, 1)
 
 
 Bend = Callable[[Tensor], tuple[Tensor, Tensor]]

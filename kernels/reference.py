@@ -1,12 +1,14 @@
 """Every operation in plain PyTorch: the truth in tests and the path taken on a CPU.
 
-Shapes: B samples, C colours, K hidden units per colour, an image of H x W. Hidden channels are
-colour-major: unit k of colour c is channel ``c * K + k``.
+Shapes: B samples, C colours, K hidden units per colour, an image of H x W; or a series of L, or a
+volume of D x H x W, whose kernels have one k or three. Hidden channels are colour-major: unit k of
+colour c is channel ``c * K + k``.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,7 @@ class Weights(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a context changes of a Mint layer, sample by sample: (B, n), or (B, n, H, W).
+    """What a context changes of a Mint layer, sample by sample: (B, n, H, W), or (B, n, 1, 1).
 
     Shifts are added to the biases, and the scale multiplies t. They stand beside the weights, and
     not in their place, so that zeros and ones change no rounding, nor that of a gradient.
@@ -69,17 +71,12 @@ class Condition(NamedTuple):
 
 def shifted(values: Tensor, shift: Tensor | None) -> Tensor:
     """Images with what a context adds to them, in their own dtype."""
-    return values if shift is None else values + per_pixel(shift).to(values.dtype)
+    return values if shift is None else values + shift.to(values.dtype)
 
 
 def scaled(values: Tensor, condition: Condition | None) -> Tensor:
     """Images, or the t of all samples, times the scale of each; as they are, if there is none."""
-    return values if condition is None else values * per_pixel(condition.scale)
-
-
-def per_pixel(values: Tensor) -> Tensor:
-    """A part of a condition, to be broadcast against images: (B, n, 1, 1) or (B, n, H, W)."""
-    return values if values.ndim == 4 else values[:, :, None, None]
+    return values if condition is None else values * condition.scale
 
 
 class MintWeights(NamedTuple):
@@ -123,10 +120,19 @@ def call_plainly(number: int, convolution: Callable[[Tensor], Tensor], x: Tensor
     return convolution(x)
 
 
+#: by the dimensions of x
+CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution along as many axes as x and weight have, zero-padded to the same size."""
+    return CONVOLUTIONS[x.ndim](x, weight, bias, padding="same")
+
+
 def masked_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, colours: int, order: str, triangle: str
 ) -> Tensor:
-    """Convolution with masked weights, skipping colours that the mask hides.
+    """Convolution with masked weights, skipping colours that the mask hides; along any axes.
 
     In channel order a colour sees only itself and those before it ("lower") or after it ("upper").
     Up to four blocks of colours are convolved each with what they see, if that is faster
@@ -134,18 +140,19 @@ def masked_conv2d(
 
     Args:
         x: (B, in_channels, H, W), colour-major, zero-padded here to the same size.
-        weight: (out_channels, in_channels, k, k), masked.
+        weight: (out_channels, in_channels, k, k), or with one or three k, as x has axes; masked.
         bias: (out_channels,) or None.
         colours: C, a divisor of both channel counts.
         order: ``"channel"``, or ``"pixel"``, where no colour is wholly hidden.
         triangle: ``"lower"`` or ``"upper"``.
     """
+    convolution = CONVOLUTIONS[x.ndim]
     padding = weight.shape[-1] // 2  # less to call than padding="same"
     blocks = 1
     if colours > 1 and order == "channel":
         blocks = blocks_of(x, weight, colours)
     if blocks == 1:
-        return F.conv2d(x, weight, bias, padding=padding)
+        return convolution(x, weight, bias, padding=padding)
     edges = [colours * block // blocks for block in range(blocks + 1)]
     outputs, inputs = len(weight) // colours, weight.shape[1] // colours
     rows = [(stop - start) * outputs for start, stop in pairwise(edges)]
@@ -156,7 +163,7 @@ def masked_conv2d(
         edges, edges[1:], weight.split(rows), biases, strict=False
     ):
         seen = slice(0, stop * inputs) if triangle == "lower" else slice(start * inputs, None)
-        results.append(F.conv2d(x[:, seen], own[:, seen], own_bias, padding=padding))
+        results.append(convolution(x[:, seen], own[:, seen], own_bias, padding=padding))
     return torch.cat(results, 1)
 
 
@@ -178,10 +185,10 @@ def blocks_of(x: Tensor, weight: Tensor, colours: int) -> int:
     the paper's layers takes 0.86, 0.77 and 0.92 times as long as the dense one, with 85, 21 and 5
     channels a colour (``python -m bench run --sections ceilings convolution``).
     """
-    outputs, inputs, kernel, _ = weight.shape
-    taps, pixels = kernel * kernel, PIXELS_OF_GRAPHS
+    outputs, inputs = weight.shape[:2]
+    taps, pixels = weight.numel() // (outputs * inputs), PIXELS_OF_GRAPHS
     if not torch.compiler.is_compiling():
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        pixels = x.numel() // inputs
     if outputs * inputs * taps * pixels < 2 * START:  # no block could pay
         return 1
     copy = COPY
@@ -222,13 +229,13 @@ def mint_map(
     """
 
     def first(x: Tensor) -> Tensor:
-        return F.conv2d(x, weights.weight1, weights.bias1, padding="same")
+        return convolve(x, weights.weight1, weights.bias1)
 
     def middle(h1: Tensor) -> Tensor:  # where nearly all the work of a layer is
         return masked_conv2d(h1, weights.weight2, weights.bias2, x.shape[1], order, triangle)
 
     def last(h2: Tensor) -> Tensor:
-        return F.conv2d(h2, weights.weight3, weights.bias3, padding="same")
+        return convolve(h2, weights.weight3, weights.bias3)
 
     shift1, shift2, shift3, _ = condition or (None,) * 4
     h1 = activation.function(shifted(call(1, first, x), shift1))
@@ -259,8 +266,8 @@ def mint_forward(
     """
     assert activation.slope is not None
     y, h1, h2 = mint_map(x, weights, activation, order, triangle, call, condition)
-    batch, colours, height, width = x.shape
-    per_colour = (batch, colours, h1.shape[1] // colours, height * width)
+    batch, colours, *size = x.shape
+    per_colour = (batch, colours, h1.shape[1] // colours, math.prod(size))
     # The K x K matrix takes the outer two diagonals along, so the pixels need no product with them.
     through = torch.matmul(join_centres(weights).to(h1), activation.slope(h1).reshape(per_colour))
     diagonal = (through * activation.slope(h2).reshape(per_colour)).sum(2)
@@ -283,8 +290,8 @@ def centres_of(weight1: Tensor, weight2: Tensor, weight3: Tensor) -> tuple[Tenso
 
     def centre(weight: Tensor) -> Tensor:
         """(C, outputs, inputs)."""
-        middle = weight.shape[-1] // 2
-        blocks = weight[..., middle, middle].unflatten(1, (colours, -1))
+        middle: Any = (..., *[weight.shape[-1] // 2] * (weight.ndim - 2))
+        blocks = weight[middle].unflatten(1, (colours, -1))
         blocks = blocks.unflatten(0, (colours, -1))
         return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
 
@@ -303,13 +310,9 @@ def mint_magnitude(
     w1, b1, w2, b2, w3, b3 = (weight.abs() for weight in weights[:6])
     shift1, shift2, _, _ = condition or (None,) * 4
     size1, size2, size3, _ = (one.abs() for one in condition) if condition else (None,) * 4
-
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> Tensor:
-        return shifted(F.conv2d(x, weight, bias, padding="same"), shift)
-
-    h1 = activation.function(convolve(x, weights.weight1, weights.bias1, shift1))
-    h2 = activation.function(convolve(h1, weights.weight2, weights.bias2, shift2))
-    first = activation.slope(h1) * convolve(x.abs(), w1, b1, size1)
-    second = activation.slope(h2) * convolve(2 * h1.abs() + first, w2, b2, size2)
-    outer = convolve(h2.abs() + second, w3, b3, size3)
+    h1 = activation.function(shifted(convolve(x, weights.weight1, weights.bias1), shift1))
+    h2 = activation.function(shifted(convolve(h1, weights.weight2, weights.bias2), shift2))
+    first = activation.slope(h1) * shifted(convolve(x.abs(), w1, b1), size1)
+    second = activation.slope(h2) * shifted(convolve(2 * h1.abs() + first, w2, b2), size2)
+    outer = shifted(convolve(h2.abs() + second, w3, b3), size3)
     return outer + (weights.t * scaled(x, condition)).abs()

@@ -218,6 +218,8 @@ class MintLayer(TriangularMap):
                 f"context_network of a MintLayer must give a tensor of shape {shapes[0]} or "
                 f"{shapes[1]}, got {found}"
             )
+        if values.ndim == 2:  # the same at every pixel
+            values = values.reshape(batch, outputs, *[1] * len(self.size))
         inner = self.channels * self.hidden
         shift1, shift2, shift3, s = values.split([inner, inner, self.channels, self.channels], 1)
         scale = s.to(log_det_dtype(s)).exp().clamp(min=LEAST_SCALE)

@@ -183,7 +183,7 @@ def call(case: Case, operand: str) -> None:
     condition = None
     if case.given:
         channels = (hidden, hidden, colours, colours)
-        condition = Condition(*(torch.ones(batch, n, dtype=dtype) for n in channels))
+        condition = Condition(*(torch.ones(batch, n, 1, 1, dtype=dtype) for n in channels))
     with torch.autocast("cpu", case.half, enabled=operand == "half"):
         y, _, log_det = mint_layer.mint_forward(x, weights, structure, condition=condition)
         torch.autograd.backward((y, log_det), (torch.ones_like(y), torch.ones_like(log_det)))

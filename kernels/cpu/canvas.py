@@ -3,7 +3,8 @@
 Samples are computed in groups. A *canvas* (:mod:`mintnet_triton.kernels.canvas`) holds a group's
 images, (rows, channels, line): a line is one row of one channel, the pixels of all samples of the
 group side by side, with zeros before and after them. So a tap of a kernel is a whole line at a
-constant distance, and every loop runs along lines, whatever the size of an image.
+constant distance, and every loop runs along lines, whatever the size of an image. A volume has the
+rows of all its planes, (B, C, D * H, W), and a series is one row, (B, C, 1, L).
 
 A masked convolution adds up, for a *tile* of outputs, what each tap sees: one range of input
 channels (:mod:`.ranges`); nothing outside of it is loaded or multiplied, nor are taps beyond the
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES
+from mintnet_triton.kernels.canvas import in_space, offsets
 from mintnet_triton.kernels.cpu._numba import compiled, summing
 from mintnet_triton.kernels.cpu.tiles import MOST
 from mintnet_triton.kernels.ranges import seen_inputs
@@ -123,7 +125,8 @@ class Plan(NamedTuple):
     """A masked convolution as tiles of outputs, and what each of them sees at each tap."""
 
     tiles: np.ndarray[Any, Any]  # (tiles, 4): first output, outputs, first tap, end of the taps
-    taps: np.ndarray[Any, Any]  # (taps, 5): dy, dx, inputs from and to, place of the weights
+    #: (taps, 7): dy, dx, inputs from and to, place of the weights, dz, number of the tap
+    taps: np.ndarray[Any, Any]
     size: int  # of all weights
 
 
@@ -132,7 +135,7 @@ def plan(
     units_out: int,
     units_in: int,
     colours: int,
-    kernel: int,
+    kernel: int | tuple[int, ...],
     order: str,
     triangle: str,
     most: int = MOST,
@@ -140,6 +143,7 @@ def plan(
     """Tiles of nearly equal size, of one colour, or of several where colours are small.
 
     Args:
+        kernel: its sides, which are equal; one integer for a square.
         most: outputs of a tile.
     """
     if units_out > most:
@@ -153,32 +157,30 @@ def plan(
     tiles: list[tuple[int, ...]] = []
     taps: list[tuple[int, ...]] = []
     place = 0
-    offsets = range(-(kernel // 2), kernel // 2 + 1)
+    sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+    away = [in_space(offset, 0) for offset in offsets(sides[0], len(sides))]
     for start, stop in zip(starts, [*starts[1:], colours * units_out], strict=True):
         first_tap, seen = len(taps), (start // units_out, (stop - 1) // units_out)
-        for dy in offsets:
-            for dx in offsets:
-                tap = dy * kernel + dx
-                low, high = seen_inputs(*seen, units_in, colours, tap, order, triangle)
-                if low < high:
-                    taps.append((dy, dx, low, high, place))
-                    place += (high - low) * (stop - start)
+        for number, (dz, dy, dx) in enumerate(away):
+            of_tap = number - len(away) // 2
+            low, high = seen_inputs(*seen, units_in, colours, of_tap, order, triangle)
+            if low < high:
+                taps.append((dy, dx, low, high, place, dz, number))
+                place += (high - low) * (stop - start)
         tiles.append((start, stop - start, first_tap, len(taps)))
-    return Plan(np.array(tiles, np.int64), np.array(taps, np.int64).reshape(-1, 5), place)
+    return Plan(np.array(tiles, np.int64), np.array(taps, np.int64).reshape(-1, 7), place)
 
 
 @compiled
 def fill(weight, tiles, taps, packed):
-    """Weights (outputs, inputs, k, k) in the order in which :func:`.add_products` reads them."""
-    radius = weight.shape[2] // 2
+    """Weights (outputs, inputs, taps) in the order in which :func:`.add_products` reads them."""
     for tile in range(len(tiles)):
         first, rows = tiles[tile, 0], tiles[tile, 1]
         for tap in range(tiles[tile, 2], tiles[tile, 3]):
-            y, x = taps[tap, 0] + radius, taps[tap, 1] + radius
-            place = taps[tap, 4]
+            place, number = taps[tap, 4], taps[tap, 6]
             for k in range(taps[tap, 2], taps[tap, 3]):
                 for m in range(rows):
-                    packed[place] = weight[first + m, k, y, x]
+                    packed[place] = weight[first + m, k, number]
                     place += 1
 
 
@@ -191,7 +193,8 @@ def address(values, place):
 class Lines(NamedTuple):
     """The lines of a canvas, in floats."""
 
-    height: int
+    rows: int  # of all planes
+    height: int  # of a plane
     width: int
     group: int  # samples side by side
     margin: int  # zeros between lines, before the first and after the last
@@ -220,11 +223,13 @@ def add_tile(loops, conv, tile, source, y, lines, sums, table):
     """
     tiles, taps, weights = conv
     length, line = lines.length, source.line
+    within = y % lines.height  # its plane
     count = 0
     for tap in range(tiles[tile, 2], tiles[tile, 3]):
-        dy, dx, low, high, place = taps[tap]
-        if 0 <= y + dy < lines.height:
-            first = ((y + dy) * source.channels + low) * line + source.margin
+        dy, dx, low, high, place, dz, _ = taps[tap]
+        row = y + dz * lines.height + dy
+        if 0 <= within + dy < lines.height and 0 <= row < lines.rows:
+            first = (row * source.channels + low) * line + source.margin
             table[3 * count] = first + dx * lines.group
             table[3 * count + 1] = high - low
             table[3 * count + 2] = place
@@ -259,7 +264,7 @@ def sheet_of(values, channels, lines):
 @compiled
 def new_sheet(channels, lines):
     """Of zeros."""
-    size = lines.margin + lines.height * channels * lines.line
+    size = lines.margin + lines.rows * channels * lines.line
     return sheet_of(np.zeros(size, np.float32), channels, lines)
 
 
@@ -268,7 +273,7 @@ def put_images(images, start, canvas, lines):
     """Write images (B, C, H, W) to a flat canvas of zeros; a group that is not full has zeros."""
     for n in range(min(lines.group, len(images) - start)):
         for c in range(images.shape[1]):
-            for y in range(lines.height):
+            for y in range(lines.rows):
                 place = (y * images.shape[1] + c) * lines.line + lines.margin + n
                 for x in range(lines.width):
                     canvas[place + x * lines.group] = images[start + n, c, y, x]
@@ -328,7 +333,7 @@ def hidden_layer(
         target: the values of the hidden layer's canvas, to write to.
         before: the first hidden layer, which gives the second's share of the diagonal; else empty.
         centres: a convolution by the joined centre weights.
-        diagonal: (H, C, length) flat, to add to.
+        diagonal: (rows, C, length) flat, to add to.
     """
     tiles = conv[0]
     outputs = len(bias)
@@ -341,8 +346,8 @@ def hidden_layer(
     with_diagonal = len(before) > 0
     row = Sheet(np.empty(outputs * length if with_diagonal else 0, np.float32), outputs, length, 0)
     set_all(target[: lines.margin], ZERO)
-    units = outputs // (len(diagonal) // (lines.height * length)) if with_diagonal else 1
-    for y in range(lines.height):
+    units = outputs // (len(diagonal) // (lines.rows * length)) if with_diagonal else 1
+    for y in range(lines.rows):
         if with_diagonal:
             slopes_of_row(activation, before, y, outputs, lines, row.values)
         for tile in range(len(tiles)):
@@ -380,7 +385,7 @@ def output_layer(loops, source, conv, bias, factor, images, start, results, line
     table = np.empty(3 * (len(conv[1]) + 1), np.int64)
     sums = np.empty(loops.most * length, np.float32)
     samples = min(lines.group, len(results) - start)
-    for y in range(lines.height):
+    for y in range(lines.rows):
         for tile in range(len(tiles)):
             first, rows = tiles[tile, 0], tiles[tile, 1]
             for m in range(rows):
@@ -422,7 +427,7 @@ def forward_groups(
             loops, images, convs[0], biases[0], shifts[0], start, activation, h1, nothing, centres,
             nothing, lines,
         )  # fmt: skip
-        sums = np.zeros(lines.height * colours * lines.length if diagonal.size else 0, np.float32)
+        sums = np.zeros(lines.rows * colours * lines.length if diagonal.size else 0, np.float32)
         before = h1 if diagonal.size else nothing
         first_hidden = sheet_of(h1, hidden, lines)
         hidden_layer(
@@ -435,7 +440,7 @@ def forward_groups(
             for n in range(min(lines.group, len(x) - start)):
                 own = min(start + n, len(t) - 1)
                 for c in range(colours):
-                    for i in range(lines.height):
+                    for i in range(lines.rows):
                         place = (i * colours + c) * lines.length + n
                         for j in range(lines.width):
                             diagonal[start + n, c, i, j] = (
@@ -463,7 +468,7 @@ def hidden_gradient(
         source: the canvas that the gradient comes from.
         conv: the transposed one, of r.
         own, other: values of this hidden layer, and of the one whose slopes give v.
-        by_diagonal: g, (H, C, length) flat.
+        by_diagonal: g, (rows, C, length) flat.
         target: the values of a canvas of zeros, to write to.
         by_bias: to add to.
         by_shift: as :func:`add_shift` has shifts, to add to; or empty.
@@ -476,9 +481,9 @@ def hidden_gradient(
     sums, through = np.empty(size, np.float32), np.empty(size, np.float32)
     s, d = np.empty(length, np.float32), np.empty(length, np.float32)
     row = Sheet(np.empty(outputs * length, np.float32), outputs, length, 0)
-    colours = len(by_diagonal) // (lines.height * length)
+    colours = len(by_diagonal) // (lines.rows * length)
     units = outputs // colours
-    for y in range(lines.height):
+    for y in range(lines.rows):
         slopes_of_row(activation, other, y, outputs, lines, row.values)
         for tile in range(len(tiles)):
             first, rows = tiles[tile, 0], tiles[tile, 1]
@@ -504,30 +509,31 @@ def hidden_gradient(
 
 @compiled
 def add_weight_gradient(loops, plan, left, right, top, bottom, lines, by_weight):
-    """Add the products of gradients by outputs with inputs, for some rows of both sheets.
+    """Add the products of gradients by outputs with inputs, for some rows of one plane.
 
     Args:
         plan: its tiles, of at most ``loops.outputs``, and taps.
-        by_weight: (outputs, inputs, k, k).
+        by_weight: (outputs, inputs, taps).
     """
     tiles, taps = plan
-    radius = by_weight.shape[2] // 2
+    plane = top - top % lines.height  # its first row
     sums = np.empty(loops.outputs * loops.inputs + loops.vector, np.float32)
     vectors = lines.length // loops.vector
     for tile in range(len(tiles)):
         first, rows = tiles[tile, 0], tiles[tile, 1]
         for tap in range(tiles[tile, 2], tiles[tile, 3]):
-            dy, dx, low, high = taps[tap, 0], taps[tap, 1], taps[tap, 2], taps[tap, 3]
-            y = max(top, -dy)
-            count = min(bottom, lines.height - dy) - y
-            if count <= 0:
+            dy, dx, low, high, _, dz, number = taps[tap]
+            y = max(top, plane - dy)
+            count = min(bottom, plane + lines.height - dy) - y
+            seen = y + dz * lines.height + dy  # the first row that it looks at
+            if count <= 0 or not 0 <= seen < lines.rows:
                 continue
             first_left = (y * left.channels + first) * left.line + left.margin
             parts = -(-(high - low) // loops.inputs)
             for part in range(parts):
                 k = low + (high - low) * part // parts
                 inputs = low + (high - low) * (part + 1) // parts - k
-                first_right = ((y + dy) * right.channels + k) * right.line + right.margin
+                first_right = (seen * right.channels + k) * right.line + right.margin
                 loops.dot(
                     rows, inputs, address(sums, 0),
                     address(left.values, first_left), left.line, left.channels * left.line,
@@ -536,9 +542,7 @@ def add_weight_gradient(loops, plan, left, right, top, bottom, lines, by_weight)
                 )  # fmt: skip
                 for m in range(rows):
                     for n in range(inputs):
-                        by_weight[first + m, k + n, dy + radius, dx + radius] += sums[
-                            m * inputs + n
-                        ]
+                        by_weight[first + m, k + n, number] += sums[m * inputs + n]
 
 
 @compiled
@@ -552,7 +556,7 @@ def add_centre_gradient(
     """
     length, hidden = lines.length, left.channels
     rows = bottom - top
-    units = hidden // (len(by_diagonal) // (lines.height * length))
+    units = hidden // (len(by_diagonal) // (lines.rows * length))
     for y in range(rows):
         these = slice(y * hidden * length, (y + 1) * hidden * length)
         slopes_of_row(activation, h1, top + y, hidden, lines, right.values[these])
@@ -562,7 +566,7 @@ def add_centre_gradient(
             g = by_diagonal[((top + y) * (hidden // units) + k // units) * length :][:length]
             for i in range(length):
                 line[i] *= g[i]
-    these_rows = Lines(rows, lines.width, lines.group, 0, lines.pixels, length, length)
+    these_rows = Lines(rows, rows, lines.width, lines.group, 0, lines.pixels, length, length)
     add_weight_gradient(loops, plan, left, right, 0, rows, these_rows, by_centres)
 
 
@@ -581,11 +585,11 @@ def backward_groups(
             centres.
         by_x: (B, C, H, W) to write to.
         by_biases: of both hidden layers, and by their shifts (empty, if there are none), to add to.
-        by_weights: four, (outputs, inputs, k, k), to add to; empty if they are not wanted.
+        by_weights: four, (outputs, inputs, taps), to add to; empty if they are not wanted.
     """
     by_y, by_diagonal = upstream
     colours, hidden = x.shape[1], len(by_biases[0])
-    height, length = lines.height, lines.length
+    rows, height, length = lines.rows, lines.height, lines.length
     bias = np.zeros(colours, np.float32)
     by_a1, by_a2 = new_sheet(hidden, lines), new_sheet(hidden, lines)
     span = min(height, max(1, SPAN // length))
@@ -596,8 +600,8 @@ def backward_groups(
         h1, h2 = kept[0][g], kept[1][g]
         to_y = new_sheet(colours, lines)
         put_images(by_y, start, to_y.values, lines)
-        to_diagonal = np.zeros(height * colours * length, np.float32)
-        bare = Lines(height, lines.width, lines.group, 0, lines.pixels, length, length)
+        to_diagonal = np.zeros(rows * colours * length, np.float32)
+        bare = Lines(rows, height, lines.width, lines.group, 0, lines.pixels, length, length)
         put_images(by_diagonal, start, to_diagonal, bare)
         hidden_gradient(
             loops, to_y, convs[0], h2, h1, centres[0], to_diagonal, activation, by_a2.values,
@@ -612,8 +616,11 @@ def backward_groups(
             continue
         images = new_sheet(colours, lines)
         put_images(x, start, images.values, lines)
-        for top in range(0, height, span):
-            bottom = min(height, top + span)
+        spans = -(-height // span)  # of a plane
+        for part in range(rows // height * spans):
+            plane = part // spans * height
+            top = plane + part % spans * span
+            bottom = min(plane + height, top + span)
             for plan, left, right, by_weight in (
                 (plans[0], by_a1, images, by_weights[0]),
                 (plans[1], by_a2, sheet_of(h1, hidden, lines), by_weights[1]),

@@ -4,6 +4,7 @@ The arithmetic is that of :mod:`.canvas`. Here weights are packed for it, groups
 shared among threads, and the whole becomes two operators with a gradient.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mintnet_triton.kernels import reference
 from mintnet_triton.kernels._library import opposite, register
 from mintnet_triton.kernels.activation import NAMES, find_activation
-from mintnet_triton.kernels.canvas import Canvas, padded
+from mintnet_triton.kernels.canvas import Canvas, in_space, padded
 from mintnet_triton.kernels.cpu.canvas import (
     Lines,
     Plan,
@@ -32,7 +33,6 @@ from mintnet_triton.kernels.reference import (
     Structure,
     centres_of,
     join,
-    per_pixel,
     scaled,
     shifted,
     with_centres,
@@ -60,16 +60,28 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def lines_of(height: int, width: int, group: int, radius: int) -> Lines:
-    """The lines of canvases of that many samples, for kernels of that radius at most."""
+def lines_of(size: Sequence[int], group: int, radius: int) -> Lines:
+    """The lines of canvases of that many samples, for kernels of that radius at most.
+
+    Args:
+        size: (H, W) of an image, or its sizes along one axis or three.
+    """
+    depth, height, width = in_space(size, 1)
     pixels = width * group
     floats = Canvas(height, padded(pixels, VECTOR), radius * group)
-    return Lines(height, width, group, floats.radius, pixels, floats.width, floats.pitch)
+    return Lines(
+        depth * height, height, width, group, floats.radius, pixels, floats.width, floats.pitch
+    )
+
+
+def by_rows(images: Tensor, lines: Lines) -> Array:
+    """Images (B, C, H, W), along whatever axes, as (B, C, rows, W)."""
+    return images.numpy().reshape(*images.shape[:2], lines.rows, lines.width)
 
 
 def size_of(channels: int, lines: Lines) -> int:
     """Of a canvas, in floats."""
-    return lines.margin + lines.height * channels * lines.line
+    return lines.margin + lines.rows * channels * lines.line
 
 
 def _shares(groups: int) -> list[Array]:
@@ -91,14 +103,15 @@ class Packed(NamedTuple):
     convs: tuple[Conv, Conv, Conv]
     biases: tuple[Array, Array, Array]
     centres: Conv
-    t: Array  # (1 or B, C, H, W)
+    t: Array  # (1 or B, C, rows, W)
     radius: int  # of the largest kernel
 
 
 def _plan_of(shape: Sequence[int], colours: int, order: str, triangle: str, most: int) -> Plan:
-    """Of a weight (outputs, inputs, k, k)."""
-    outputs, inputs, kernel, _ = shape
-    return plan(outputs // colours, inputs // colours, colours, kernel, order, triangle, most)
+    """Of a weight (outputs, inputs, k, k), along whatever axes."""
+    outputs, inputs, *kernel = shape
+    units = outputs // colours, inputs // colours
+    return plan(*units, colours, tuple(kernel), order, triangle, most)
 
 
 def _plans_of_gradient(
@@ -113,13 +126,13 @@ def _plans_of_gradient(
 def _pack(weight: Array, colours: int, order: str, triangle: str) -> Conv:
     found = _plan_of(weight.shape, colours, order, triangle, MOST)
     packed = np.empty(found.size, np.float32)
-    fill(weight, found.tiles, found.taps, packed)
+    fill(weight.reshape(*weight.shape[:2], -1), found.tiles, found.taps, packed)
     return found.tiles, found.taps, packed
 
 
 def _pack_transposed(weight: Array, colours: int, order: str, triangle: str) -> Conv:
     """Of the transposed convolution, which has the opposite triangle."""
-    turned = weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+    turned = weight.swapaxes(0, 1)[:, :, *[slice(None, None, -1)] * (weight.ndim - 2)]
     return _pack(turned, colours, order, opposite(triangle))
 
 
@@ -156,7 +169,7 @@ def pack_layer(parts: Sequence[Tensor], order: str, triangle: str) -> Packed:
         (first, second, third),
         (bias1.numpy(), bias2.numpy(), bias3.numpy()),
         _pack_centres(join(*centres_of(*weights)).numpy()),
-        _of_samples(t),
+        _of_samples(t, weights[0].ndim - 2),
         _radius(weights),
     )
 
@@ -166,12 +179,15 @@ def _radius(weights: Sequence[Any]) -> int:
     return max(int(weight.shape[-1]) for weight in weights) // 2
 
 
-def _of_samples(values: Tensor | None) -> Array:
-    """What samples have of their own, or share, as (1 or B, n, ...); nothing has no samples."""
+def _of_samples(values: Tensor | None, axes: int) -> Array:
+    """What samples have of their own, (B, n, H, W) or (B, n, 1, 1), or share, (n, H, W), as
+    (1 or B, n, rows or 1, W or 1); nothing has no samples."""
     if values is None:
         return np.empty((0, 1, 1, 1), np.float32)
-    values = values.detach().contiguous()
-    return (values.unsqueeze(0) if values.ndim == 3 else per_pixel(values)).numpy()
+    own = values if values.ndim == 2 + axes else values.unsqueeze(0)
+    shape = own.shape
+    rows = math.prod(shape[2:-1])
+    return own.detach().contiguous().numpy().reshape(*shape[:2], rows, shape[-1])
 
 
 def run_forward(
@@ -186,11 +202,11 @@ def run_forward(
     """y, the diagonal, and canvases of both hidden layers; what is not wanted is empty.
 
     Args:
-        shifts: of both hidden layers, (B, C*K) or (B, C*K, H, W), or None.
+        shifts: of both hidden layers, as in a :class:`.reference.Condition`, or None.
     """
     x = x.contiguous()
-    first, second = (_of_samples(shift) for shift in shifts)
-    lines = lines_of(x.shape[2], x.shape[3], group, packed.radius)
+    first, second = (_of_samples(shift, x.ndim - 2) for shift in shifts)
+    lines = lines_of(x.shape[2:], group, packed.radius)
     y, to_diagonal, h1, h2 = _results(x, len(packed.biases[0]), lines, diagonal, keep)
     groups = ceil_divide(len(x), lines.group)
 
@@ -198,10 +214,10 @@ def run_forward(
         size = size_of(len(packed.biases[0]), lines)
         kept = (h1, h2) if keep else (x.new_empty(size), x.new_empty(size))
         forward_groups(
-            LOOPS, some, x.numpy(), packed.t, packed.convs, packed.biases, (first, second),
+            LOOPS, some, by_rows(x, lines), packed.t, packed.convs, packed.biases, (first, second),
             packed.centres, NAMES.index(activation),
-            tuple(one.numpy().reshape(-1, size) for one in kept), y.numpy(), to_diagonal.numpy(),
-            lines,
+            tuple(one.numpy().reshape(-1, size) for one in kept), by_rows(y, lines),
+            by_rows(to_diagonal, lines), lines,
         )  # fmt: skip
 
     share(_shares(groups), work)
@@ -248,7 +264,7 @@ def _layer(  # noqa: PLR0913 (tensors, one by one)
 
 def _layer_fake(x: Tensor, *parts_and_structure: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights, (diagonal, keep, group) = parts_and_structure[:6:2], parts_and_structure[10:13]
-    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
+    lines = lines_of(x.shape[2:], group, _radius(weights))
     return _results(x, len(weights[0]), lines, diagonal, keep)
 
 
@@ -271,13 +287,13 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
     shift2: Tensor | None = None,
 ) -> list[Tensor]:
     weights = [one.detach().contiguous() for one in (weight1, weight2, weight3)]
-    inputs, upstream, to_diagonal = (
-        one.detach().contiguous().numpy() for one in (x, by_y, by_diagonal)
-    )
-    positive = _of_samples(t)
     colours, hidden = len(weight3), len(weight2)
     units = hidden // colours
-    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
+    lines = lines_of(x.shape[2:], group, _radius(weights))
+    inputs, upstream, to_diagonal = (
+        by_rows(one.detach().contiguous(), lines) for one in (x, by_y, by_diagonal)
+    )
+    positive = _of_samples(t, x.ndim - 2)
     convs = tuple(
         _pack_transposed(one.numpy(), colours, order, triangle) for one in reversed(weights)
     )
@@ -286,14 +302,15 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
     shapes = [one.shape for one in weights]
     plans = tuple(one[:2] for one in _plans_of_gradient(shapes, colours, order, triangle))
     shares = _shares(ceil_divide(len(x), lines.group))
-    summed = [*shapes, (hidden, hidden, 1, 1)] if by_weights else [(0, 0, 0, 0)] * 4
+    flat = [(*shape[:2], math.prod(shape[2:])) for shape in shapes]
+    summed = [*flat, (hidden, hidden, 1)] if by_weights else [(0, 0, 0)] * 4
     # Each thread has sums of its own, in memory of their own: what is not returned has to go.
     sums = [
         [np.zeros(shape, np.float32) for shape in ((hidden,), (hidden,), *summed)] for _ in shares
     ]
     # Samples have shifts of their own, and threads have samples of their own.
     by_shifts = [_zeros_like(shift) for shift in (shift1, shift2)]
-    of_samples = tuple(_of_samples(one) for one in by_shifts)
+    of_samples = tuple(_of_samples(one, x.ndim - 2) for one in by_shifts)
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = tuple(one.numpy().reshape(-1, size_of(hidden, lines)) for one in (h1, h2))
 
@@ -301,8 +318,8 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
         some, own = part
         backward_groups(
             LOOPS, some, inputs, positive, kept, (upstream, to_diagonal), convs, both, plans,
-            NAMES.index(activation), by_x.numpy(), (*own[:2], *of_samples), tuple(own[2:]),
-            lines,
+            NAMES.index(activation), by_rows(by_x, lines), (*own[:2], *of_samples),
+            tuple(own[2:]), lines,
         )  # fmt: skip
 
     share(zip(shares, sums, strict=True), work)
@@ -311,6 +328,7 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
             total += one  # not by torch, whose threads would have to wake up
     by_bias1, by_bias2, *by_three, by_dense = map(torch.from_numpy, sums[0])
     if by_weights:
+        by_three = [one.view(shape) for one, shape in zip(by_three, shapes, strict=True)]
         blocks = by_dense.view(colours, units, colours, units)
         by_joined = torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
         _add_gradient_by_centres(by_joined, weights, by_three)
@@ -334,7 +352,7 @@ def _backward_fake(  # noqa: PLR0913 (tensors, one by one)
     by_x = torch.empty_like(x, memory_format=contiguous)
     biases = x.new_empty(len(weight2)), x.new_empty(len(weight2))
     weights = (
-        torch.empty_like(one, memory_format=contiguous) if by_weights else x.new_empty(0, 0, 0, 0)
+        torch.empty_like(one, memory_format=contiguous) if by_weights else x.new_empty(0, 0, 0)
         for one in (weight1, weight2, weight3)
     )
     shifts = (_zeros_like(shift) for shift in (shift1, shift2))
@@ -373,6 +391,7 @@ def products(plans: Sequence[Plan | Conv], lines: Lines, groups: int) -> int:
     done = 0
     for tiles, taps, *_ in plans:
         rows = np.maximum(0, lines.height - abs(taps[:, 0]))  # where the tap is within the image
+        rows *= np.maximum(0, lines.rows // lines.height - abs(taps[:, 5]))
         outputs = np.repeat(tiles[:, 1], tiles[:, 3] - tiles[:, 2])
         done += int((outputs * (taps[:, 3] - taps[:, 2]) * rows).sum())
     return done * lines.length * groups
@@ -386,7 +405,7 @@ def _layer_flops(x: Tensor, *parts_and_structure: Any, out_val: object) -> int:
     plans = [_plan_of(one.shape, colours, order, triangle, MOST) for one in weights]
     if diagonal:
         plans.append(_plan_of((*weights[1].shape[:2], 1, 1), colours, "own", triangle, MOST))
-    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
+    lines = lines_of(x.shape[2:], group, _radius(weights))
     return 2 * products(plans, lines, ceil_divide(len(x), lines.group))
 
 
@@ -402,7 +421,7 @@ def _backward_flops(x: Tensor, h1: Tensor, *arguments: Any, out_val: object) -> 
     plans += [_plan_of((*shapes[1][:2], 1, 1), colours, "own", triangle, MOST)] * 2
     if by_weights:
         plans += _plans_of_gradient(shapes, colours, order, triangle)
-    lines = lines_of(x.shape[2], x.shape[3], group, _radius(weights))
+    lines = lines_of(x.shape[2:], group, _radius(weights))
     return 2 * products(plans, lines, ceil_divide(len(x), lines.group))
 
 
@@ -445,11 +464,11 @@ class _MintLayer(torch.autograd.Function):
         )  # fmt: skip
         by_parts: list[Tensor | None] = [None] * 9
         if by_weights:
-            by_bias3 = by_y.sum((0, 2, 3))
+            by_bias3 = by_y.sum((0, *range(2, by_y.ndim)))
             by_parts[:6] = by_weight1, by_bias1, by_weight2, by_bias2, by_weight3, by_bias3
         if needed[6]:
             by_t = by_y * x + by_diagonal
-            by_parts[6] = by_t if t.ndim == 4 else by_t.sum(0)
+            by_parts[6] = by_t if t.ndim == x.ndim else by_t.sum(0)
         if by_shifts:
             by_parts[7:] = by_shifts
         return by_x, *[None] * 4, *by_parts
@@ -490,11 +509,11 @@ def packed_forward(
     condition: Condition | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`mint_forward`, of weights that are packed already, and without gradients."""
-    group = group_of(x.shape[0], x.shape[3])
+    group = group_of(x.shape[0], x.shape[-1])
     x = x.detach().resolve_neg()  # as torch does for operators
     shift1, shift2, shift3, _ = condition or (None,) * 4
     if condition is not None:
-        packed = packed._replace(t=_of_samples(scaled(t, condition)))
+        packed = packed._replace(t=_of_samples(scaled(t, condition), x.ndim - 2))
     y, to_diagonal, _, _ = run_forward(
         x, packed, (shift1, shift2), activation, diagonal, False, group
     )
@@ -517,7 +536,7 @@ def mint_forward(
     """
     shift1, shift2, shift3, _ = condition or (None,) * 4
     parts = (*weights[:6], scaled(weights.t, condition), shift1, shift2)
-    group = group_of(x.shape[0], x.shape[3])
+    group = group_of(x.shape[0], x.shape[-1])
     if torch.is_grad_enabled() and any(
         one is not None and one.requires_grad for one in (x, *parts)
     ):

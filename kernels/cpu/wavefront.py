@@ -9,6 +9,9 @@ a lane for each row and each sample of a group. So a convolution is a sum of who
 constant distances, and every inner loop runs along lanes. What lies outside the image is never
 written and stays zero.
 
+A series is an image of one row. A volume is a stack of images, *slices* here, which have planes of
+their own, one slice after the other; those of one front are solved one after the other.
+
 Groups of samples are independent; threads share them.
 """
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from mintnet_triton.kernels import fronts
 from mintnet_triton.kernels.activation import LEAKY_SLOPE, NAMES, Activation
+from mintnet_triton.kernels.canvas import in_space
 from mintnet_triton.kernels.cpu._numba import compiled, summing
 from mintnet_triton.kernels.cpu.products import PaddedImages, by_tap
 from mintnet_triton.kernels.cpu.threads import share
@@ -300,7 +304,7 @@ def solve_block(unknowns, hidden, slopes, weights, centres, share, activation, b
     """Solve a block of colours for one group of samples.
 
     Args:
-        unknowns: skewed, (colours, planes, 1, lanes of a plane), flat.
+        unknowns: skewed, (colours, slices, planes, 1, lanes of a plane), flat.
         hidden: two, the same with units; where a front is not solved yet, they hold what lower
             blocks and the bias contribute to them.
         slopes: as both hidden layers; empty unless the layer is linear.
@@ -314,25 +318,31 @@ def solve_block(unknowns, hidden, slopes, weights, centres, share, activation, b
     )
     centre1, centre2, centre3 = centres
     units = centre1.shape[1]
-    colours, height, width, radius, group = storage
+    colours, height, width, radius, group, depth, axes = storage
     skew = radius + 1
     planes = skew * (height - 1) + width
-    margin = skew * radius + radius
-    line = (height + 2 * radius) * group
+    below, behind = radius if axes > 1 else 0, radius if axes > 2 else 0
+    margin = skew * below + radius
+    line = (height + 2 * below) * group
+    of_colour = skew**axes  # fronts from one colour to the next
+    numbers = skew**2 * (depth - 1) + planes
     known = known1, known2 = np.zeros((units, LANES)), np.zeros((units, LANES))
     known3 = np.zeros((1, LANES))
     work, flat = np.zeros((2 * units + 8, 2 * LANES)), np.zeros((4, units * LANES))
-    fronts = planes + skew**2 * (colours - 1) if by_channel else planes * colours
+    fronts = numbers + of_colour * (colours - 1) if by_channel else numbers * colours
     for front in range(fronts):
-        for c in range(colours):
-            plane = front - skew**2 * c if by_channel else (front - c) // colours
+        for one in range(colours * depth):
+            c, deep = one // depth, one % depth
+            number = front - of_colour * c if by_channel else (front - c) // colours
+            plane = number - skew**2 * deep
             if plane < 0 or plane >= planes or not (by_channel or (front - c) % colours == 0):
                 continue
             top = max(0, (plane - width + skew) // skew)
             bottom = min(height - 1, plane // skew)
-            place = (c * (planes + 2 * margin) + plane + margin) * line
-            stop = (bottom + 1 + radius) * group
-            for start in range((top + radius) * group, stop, LANES):
+            slices = c * (depth + 2 * behind) + deep + behind  # before this one
+            place = (slices * (planes + 2 * margin) + plane + margin) * line
+            stop = (bottom + 1 + below) * group
+            for start in range((top + below) * group, stop, LANES):
                 lanes = min(LANES, stop - start)
                 own = slice(place + start, place + start + lanes)
                 first = place * units + start
@@ -373,33 +383,63 @@ class Skew(NamedTuple):
     width: int
     radius: int
     group: int  # samples
+    depth: int  # slices
+    axes: int
+
+    @property
+    def below(self) -> int:
+        """How many rows a tap looks beyond an image."""
+        return self.radius if self.axes > 1 else 0
+
+    @property
+    def behind(self) -> int:
+        """How many slices a tap looks beyond a volume."""
+        return self.radius if self.axes > 2 else 0
+
+    @property
+    def margin(self) -> int:
+        """Planes before the first and after the last of a slice, as far as taps look."""
+        return (self.radius + 1) * self.below + self.radius
 
     @property
     def planes(self) -> int:
-        """Of a colour, with room for the taps that look beyond the first and the last."""
-        skew, radius = self.radius + 1, self.radius
-        return skew * (self.height - 1) + self.width + 2 * (skew * radius + radius)
+        """Of a slice."""
+        return (self.radius + 1) * (self.height - 1) + self.width + 2 * self.margin
+
+    @property
+    def slices(self) -> int:
+        """Of a colour."""
+        return self.depth + 2 * self.behind
 
     @property
     def line(self) -> int:
         """Lanes of a line."""
-        return (self.height + 2 * self.radius) * self.group
+        return (self.height + 2 * self.below) * self.group
+
+    def _lines(self) -> int:
+        """Of all units together."""
+        return self.colours * self.slices * self.planes
 
     def new(self, units: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
         """Empty storage: zeros, in one line, with room for the last vector."""
-        return torch.zeros(self.colours * self.planes * units * self.line + VECTOR, dtype=dtype)
+        return torch.zeros(self._lines() * units * self.line + VECTOR, dtype=dtype)
 
     def _images(self, storage: Tensor) -> Tensor:
-        """The stored values seen as (group, colours, units, height, width)."""
-        units = (len(storage) - VECTOR) // (self.colours * self.planes * self.line)
-        plane, skew = units * self.line, self.radius + 1
-        strides = (1, self.planes * plane, self.line, skew * plane + self.group, plane)
-        size = (self.group, self.colours, units, self.height, self.width)
-        first = (skew * self.radius + self.radius) * plane + self.radius * self.group
-        return storage.as_strided(size, strides, first)
+        """The stored values seen as (group, colours, units, H, W)."""
+        units = (len(storage) - VECTOR) // (self._lines() * self.line)
+        plane = units * self.line
+        of_slice = self.planes * plane
+        sizes = (self.depth, self.height, self.width)[-self.axes :]
+        along = (of_slice, (self.radius + 1) * plane + self.group, plane)[-self.axes :]
+        first = self.behind * of_slice + self.margin * plane + self.below * self.group
+        return storage.as_strided(
+            (self.group, self.colours, units, *sizes),
+            (1, self.slices * of_slice, self.line, *along),
+            first,
+        )
 
     def put(self, storage: Tensor, values: Tensor) -> None:
-        """Store values (group, colours * units, height, width)."""
+        """Store values (group, colours * units, H, W)."""
         images = self._images(storage)
         images.copy_(values.reshape(images.shape))
 
@@ -414,34 +454,39 @@ def _layout(
 ) -> tuple[Tensor, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Which weights :func:`pack` takes, how far away what they multiply is, each colour's ends."""
     indices, distances, ends = [], [], [0]
-    inputs = torch.arange(units)
+    inputs, axes = torch.arange(units), skew.axes
     for colour in range(skew.colours):
-        seen = seen_before(order, colour, skew.colours, kernel)
-        other, dy, dx = torch.tensor(seen, dtype=torch.int64).view(-1, 3).T.unsqueeze(2)
-        # Rows of weights are in the order colour, colour seen, row, column, input; then come zeros.
-        middle = kernel // 2
-        index = ((colour * skew.colours + other) * kernel + dy + middle) * kernel + dx + middle
-        planes = (other - colour) * skew.planes + (skew.radius + 1) * dy + dx
+        seen = seen_before(order, colour, skew.colours, kernel, axes)
+        other, *away = torch.tensor(seen, dtype=torch.int64).view(-1, 1 + axes).T.unsqueeze(2)
+        # Rows of weights are in the order colour, colour seen, tap, input; then come zeros.
+        index = colour * skew.colours + other
+        for by in away:
+            index = index * kernel + by + kernel // 2
+        dz, dy, dx = in_space(away, torch.zeros_like(other))
+        slices = (other - colour) * skew.slices + dz
+        planes = slices * skew.planes + (skew.radius + 1) * dy + dx
         distance = (planes * units + inputs) * skew.line + dy * skew.group
         spare = torch.zeros(-distance.numel() % UNROLL, dtype=torch.int64)
-        indices += [(index * units + inputs).flatten(), spare + skew.colours**2 * kernel**2 * units]
+        end = skew.colours**2 * kernel**axes * units
+        indices += [(index * units + inputs).flatten(), spare + end]
         distances += [distance.flatten(), spare]
         ends.append(ends[-1] + (distance.numel() + len(spare)) // UNROLL)
     return torch.cat(indices), torch.cat(distances).view(-1, UNROLL).numpy(), np.array(ends)
 
 
 def pack(weight: Tensor, skew: Skew, order: str) -> tuple[np.ndarray[Any, Any], ...]:
-    """Weights (outputs, inputs, k, k) of a block as :func:`add_lines` reads them.
+    """Weights (outputs, inputs, k, k), or with other axes, of a block as :func:`add_lines` reads
+    them.
 
     Returns:
         Weights (N / 8, outputs of a colour, 8), distances (N / 8, 8), and where each colour's
         begin and end, (colours + 1,).
     """
-    outputs, inputs, kernel, _ = weight.shape
+    outputs, inputs, *kernel = weight.shape
     units_out, units_in = outputs // skew.colours, inputs // skew.colours
-    index, distances, ends = _layout(skew, units_in, kernel, order)
-    blocks = weight.view(skew.colours, units_out, skew.colours, units_in, kernel, kernel)
-    rows = blocks.permute(0, 2, 4, 5, 3, 1).reshape(-1, units_out)
+    index, distances, ends = _layout(skew, units_in, kernel[0], order)
+    blocks = weight.view(skew.colours, units_out, skew.colours, units_in, math.prod(kernel))
+    rows = blocks.permute(0, 2, 4, 3, 1).reshape(-1, units_out)
     rows = torch.cat([rows, rows.new_zeros(1, units_out)])[index]
     packed = rows.view(-1, UNROLL, units_out).transpose(1, 2).contiguous()
     return packed.numpy(), distances, ends
@@ -476,7 +521,7 @@ class Block(NamedTuple):
     weights: tuple[tuple[np.ndarray[Any, Any], ...], ...]
     centres: tuple[np.ndarray[Any, Any], ...]
     share: np.ndarray[Any, Any]
-    before: tuple[Tensor, ...]  # weights of what the blocks before show, (k * k, outputs, inputs)
+    before: tuple[Tensor, ...]  # weights of what the blocks before show, (k, k, outputs, inputs)
     biases: tuple[Tensor, ...]
 
 
@@ -523,7 +568,8 @@ def _solve(
     order: str,
     condition: Condition | None,
 ) -> Wave:
-    batch, colours, height, width = z.shape
+    batch, colours, *size = z.shape
+    depth, height, width = in_space(size, 1)
     radius = max(weight.shape[-1] for weight in weights[:6:2]) // 2
     threads = min(torch.get_num_threads(), batch)
     rows = min(height, -(-width // (radius + 1)))  # the most of a front
@@ -532,7 +578,8 @@ def _solve(
     rounds = -(-share_of_thread // max(1, LANES // rows))
     group = -(-share_of_thread // rounds)
     units = weights.centre1.shape[1]
-    skew = Skew(_colours_of_a_block(colours, units, order), height, width, radius, group)
+    together = _colours_of_a_block(colours, units, order)
+    skew = Skew(together, height, width, radius, group, depth, len(size))
     steep = steepest_share(weights, hidden)
     blocks = [
         _block(first, skew, weights, steep, order) for first in range(0, colours, skew.colours)
@@ -558,9 +605,9 @@ def _solve_groups(
     starts: range,
 ) -> None:
     """Solve the groups of samples that start there, one after the other, in the same storage."""
-    batch, colours, height, width = z.shape
+    batch, colours, *size = z.shape
     units, group = weights.centre1.shape[1], skew.group
-    sizes = (1, units, units)
+    channels = (1, units, units)
     slopes = hidden if isinstance(hidden, Slopes) else ()
     number = LINEAR if isinstance(hidden, Slopes) else NAMES.index(hidden.name)
     x, target, t, diagonal, error = (skew.new() for _ in range(5))
@@ -570,7 +617,7 @@ def _solve_groups(
     unknowns = Unknowns(*(one.numpy() for one in (x, target, t, diagonal, error, steps)))
     both = layers[1].numpy(), layers[2].numpy()
     before = colours - skew.colours  # colours that some block looks back on
-    padded = [PaddedImages(group, before * size, height, width, skew.radius) for size in sizes]
+    padded = [PaddedImages(group, before * each, size, skew.radius) for each in channels]
     for start in starts:
         stop = min(batch, start + group)
         # Spare lanes solve the last sample again.

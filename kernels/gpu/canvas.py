@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mintnet_triton.kernels.canvas import Canvas
-from mintnet_triton.kernels.reference import per_pixel
 
 #: fewer channels than this go by columns
 COLUMNS_BELOW = 16
@@ -49,7 +48,7 @@ def given(values: Tensor | None, like: Tensor) -> Image | None:
     """A part of a :class:`.Condition` for each pixel of images like that, without copies."""
     if values is None:
         return None
-    return Image.of(per_pixel(values).expand(len(like), -1, *like.shape[2:]))
+    return Image.of(values.expand(len(like), -1, *like.shape[2:]))
 
 
 def by_columns(channels: int) -> bool:

@@ -22,7 +22,7 @@ from mintnet_triton.kernels.backend import is_capturing
 from mintnet_triton.kernels.gpu.launching import padded
 from mintnet_triton.kernels.gpu.mint_layer import Shape, run_hidden, run_output
 from mintnet_triton.kernels.gpu.weights import Packed
-from mintnet_triton.kernels.reference import Condition, Structure, Weights, per_pixel
+from mintnet_triton.kernels.reference import Condition, Structure, Weights
 
 #: iterations between two looks at the residuals by the host
 STRIDE = 8
@@ -61,7 +61,7 @@ def fixed_point(
     before, residuals = rows[:-1, :batch], rows[1:, :batch]
     size = z.abs().flatten(1).amax(1).clamp(min=1)
     shift1, shift2, shift3, scale = condition or (None,) * 4
-    z = z if shift3 is None else z - per_pixel(shift3)
+    z = z if shift3 is None else z - shift3
     copies = (start.clone(memory_format=torch.contiguous_format), torch.empty_like(z))
     h1, h2 = shape.new_hidden(z), shape.new_hidden(z)
     logs = shape.new_logs(packed.t)

@@ -304,7 +304,9 @@ def _images(values: Tensor, shape: Shape) -> Tensor:
 
 def _sum_to(like: Tensor, images: Tensor) -> Tensor:
     """A gradient by pixels, as one by what is the same for all pixels of a sample, or is not."""
-    total = images if like.ndim == 4 else images.sum((2, 3), dtype=accumulator(images.dtype))
+    total = images
+    if like.shape != images.shape:
+        total = images.sum((2, 3), keepdim=True, dtype=accumulator(images.dtype))
     return total.to(like.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -484,7 +486,7 @@ def _by_scale(
     if by_log_det is not None:
         total = total + by_log_det[:, None, None, None] / diagonal
     total = total * positive(t)
-    return (total if scale.ndim == 4 else total.sum((2, 3))).to(scale.dtype)
+    return total.sum_to_size(scale.shape).to(scale.dtype)
 
 
 def packed_forward(

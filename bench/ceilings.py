@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bench.cases import Extent, Mode, layers_of
 from bench.timing import Clock, Work
 from mintnet_triton import MaskedConv2d, MintLayer
+from mintnet_triton.conv import MaskedConv
 from mintnet_triton.kernels import work
 
 
@@ -86,13 +87,14 @@ def flops_of(module: nn.Module, shape: Sequence[int]) -> int:
 
 def _products_of_layer(layer: MintLayer) -> int:
     convolutions = (layer.conv1, layer.conv2, layer.conv3)
-    diagonal = (layer.hidden, layer.hidden, layer.channels, 1, "own", "lower", *layer.size)
-    return sum(_products(conv, *layer.size) for conv in convolutions) + work.exact_of_image(
+    height, width = layer.size
+    diagonal = (layer.hidden, layer.hidden, layer.channels, 1, "own", "lower", height, width)
+    return sum(_products(conv, height, width) for conv in convolutions) + work.exact_of_image(
         *diagonal
     )
 
 
-def _products(conv: MaskedConv2d, height: int, width: int) -> int:
+def _products(conv: MaskedConv, height: int, width: int) -> int:
     outputs, inputs, kernel, _ = conv.weight.shape
     colours, ordering = conv.colours, conv.ordering
     return work.exact_of_image(

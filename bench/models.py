@@ -29,7 +29,9 @@ def measure_models(preset: str | None, batch: int, clock: Clock) -> Result:
     flow = random_flow(preset)
     size = sum(parameter.numel() for parameter in flow.parameters())
     makers: dict[str, Callable[[], Any]] = {"ours": lambda: flow}
-    makers |= {name: partial(peer.build, flow.image_shape, size) for name, peer in PEERS.items()}
+    channels, height, width = flow.image_shape
+    shape = (channels, height, width)
+    makers |= {name: partial(peer.build, shape, size) for name, peer in PEERS.items()}
     exact = {"ours", *(name for name, peer in PEERS.items() if peer.log_det == "exact")}
     x = torch.randn(batch, *flow.image_shape).to(clock.device)
     entrants: dict[str, Entrant] = {}

@@ -22,7 +22,7 @@ from mintnet_triton.checkpoint import (
 )
 from mintnet_triton.checks import NonFiniteError
 from mintnet_triton.classifier import MintClassifier
-from mintnet_triton.conv import MaskedConv2d
+from mintnet_triton.conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from mintnet_triton.flow import MintNet
 from mintnet_triton.hooks import HookError
 from mintnet_triton.images import ImagePreprocess, bits_per_dim
@@ -57,7 +57,9 @@ __all__ = [
     "InversionResult",
     "Invertible",
     "MaskedAffine",
+    "MaskedConv1d",
     "MaskedConv2d",
+    "MaskedConv3d",
     "MintClassifier",
     "MintLayer",
     "MintNet",

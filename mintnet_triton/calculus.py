@@ -6,6 +6,7 @@ whatever is built here knows its log-determinant, and Algorithm 1 inverts it on 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mintnet_triton.checks import check_odd, is_traced
 from mintnet_triton.hooks import HookError, has_idle_hooks, run_weight_hooks
 from mintnet_triton.inverse import Shape, Stage
-from mintnet_triton.kernels import Activation, Wave, find_activation
+from mintnet_triton.kernels import Activation, Wave, convolve, find_activation
 from mintnet_triton.ordering import Ordering, common_ordering
 from mintnet_triton.solvers import (
     Evaluator,
@@ -142,7 +143,8 @@ class MaskedAffine(TriangularMap):
 
     Args:
         weight: (n, n) for vectors (B, n), or (C, C, k, k) with odd k for a convolution of images
-            (B, C, H, W), zero-padded to the same size. Raw: entries outside the triangle are
+            (B, C, H, W), zero-padded to the same size; (C, C, k) for series (B, C, L), and
+            (C, C, k, k, k) for volumes (B, C, D, H, W). Raw: entries outside the triangle are
             ignored. Weight and bias are copied into parameters.
         bias: (n,) or (C,), or None.
         ordering: order of the variables; for a vector, only its triangle matters.
@@ -153,10 +155,11 @@ class MaskedAffine(TriangularMap):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, ordering: Ordering) -> None:
         super().__init__()
-        square = weight.ndim in (2, 4) and weight.shape[0] == weight.shape[1]
-        if not square or (weight.ndim == 4 and weight.shape[2] != weight.shape[3]):
+        square = weight.ndim in (2, 3, 4, 5) and weight.shape[0] == weight.shape[1]
+        if not square or len(set(weight.shape[2:])) > 1:
             raise ValueError(
-                f"weight must have shape (n, n) or (C, C, k, k), got {tuple(weight.shape)}"
+                "weight must have shape (n, n) or (C, C, k, k), or with one or three k, got "
+                f"{tuple(weight.shape)}"
             )
         if not weight.dtype.is_floating_point:
             raise TypeError(f"weight must be of a floating dtype, got {weight.dtype}")
@@ -164,7 +167,7 @@ class MaskedAffine(TriangularMap):
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
         if not isinstance(ordering, Ordering):
             raise TypeError(f"ordering must be an Ordering, got {type(ordering).__name__}")
-        if weight.ndim == 4:
+        if weight.ndim > 2:
             check_odd("kernel_size", weight.shape[-1])
         else:
             ordering = Ordering(triangle=ordering.triangle)
@@ -175,14 +178,15 @@ class MaskedAffine(TriangularMap):
     def masked_weight(self) -> Tensor:
         """The weight with zeros outside the triangle, a new tensor."""
         assert self.ordering is not None
-        if self.weight.ndim == 4:
-            mask = self.ordering.conv_mask(len(self.weight), self.weight.shape[-1])
+        colours, _, *sides = self.weight.shape
+        if sides:
+            mask = self.ordering.conv_mask(colours, sides[0], axes=len(sides))
             return self.weight.masked_fill(~mask.to(self.weight.device), 0)
         return self.weight.tril() if self.ordering.triangle == "lower" else self.weight.triu()
 
     @property
     def input_shape(self) -> Shape:
-        return (len(self.weight),) if self.weight.ndim == 2 else (len(self.weight), None, None)
+        return (len(self.weight), *[None] * (self.weight.ndim - 2))
 
     def evaluator(self) -> Evaluator:
         run_weight_hooks(self)
@@ -190,17 +194,15 @@ class MaskedAffine(TriangularMap):
         if weight.ndim == 2:
             diagonal = weight.diagonal()
             return lambda x: (F.linear(x, weight, self.bias), diagonal.expand_as(x))
-        centre = weight.shape[-1] // 2
-        diagonal = weight[:, :, centre, centre].diagonal()[:, None, None]
-        return lambda x: (
-            F.conv2d(x, weight, self.bias, padding="same"),
-            diagonal.expand_as(x),
-        )
+        axes = weight.ndim - 2
+        middle: Any = (..., *[weight.shape[-1] // 2] * axes)
+        diagonal = weight[middle].diagonal().view(-1, *[1] * axes)
+        return lambda x: (convolve(x, weight, self.bias), diagonal.expand_as(x))
 
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        if self.weight.ndim == 4:
+        if self.weight.ndim > 2:
             return super().solve(z, solver, trace=trace, reference=reference)
         assert self.ordering is not None
         shifted = z if self.bias is None else z - self.bias

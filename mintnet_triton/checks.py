@@ -182,14 +182,14 @@ def _scalar(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def as_size(name: str, size: Any) -> tuple[int, int]:
-    """(height, width) from an integer or a pair.
+def as_size(name: str, size: Any) -> tuple[int, ...]:
+    """Sizes along one, two or three axes, from as many integers; one alone is height and width.
 
     Raises:
-        TypeError, ValueError: not one or two positive integers.
+        TypeError, ValueError: not one to three positive integers.
     """
-    height, width = _one_or_several(name, size, 2, "(height, width)")
-    return height, width
+    several = "(height, width), (length,) or (depth, height, width)"
+    return tuple(_one_or_several(name, size, 2, (1, 2, 3), several))
 
 
 def as_kernel_sizes(kernel_size: Any) -> tuple[int, int, int]:
@@ -200,16 +200,18 @@ def as_kernel_sizes(kernel_size: Any) -> tuple[int, int, int]:
     """
     first, second, third = (
         check_odd("kernel_size", value)
-        for value in _one_or_several("kernel_size", kernel_size, 3, "three of them")
+        for value in _one_or_several("kernel_size", kernel_size, 3, (3,), "three of them")
     )
     return first, second, third
 
 
-def _one_or_several(name: str, value: Any, count: int, several: str) -> list[int]:
-    """So many positive integers, from one or from a sequence or an array of so many."""
+def _one_or_several(
+    name: str, value: Any, count: int, counts: Sequence[int], several: str
+) -> list[int]:
+    """``count`` positive integers from one, or those of a sequence or an array of ``counts``."""
     sequence = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
     values = list(value) if sequence else [value] * count
-    if len(values) != count:
+    if len(values) not in counts:
         raise ValueError(f"{name} must be an integer or {several}, got {value!r}")
     return [check_integer(name, each, least=1) for each in values]
 

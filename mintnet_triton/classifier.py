@@ -53,7 +53,7 @@ class MintClassifier(nn.Module):
 
     Args:
         channels: of an image, at most ``width``; None accepts any number up to that.
-        image_size: (H, W), or one integer for both.
+        image_size: (H, W), or one integer for both; (L,) or (D, H, W) for series or volumes.
         classes: number of classes.
         pairs: number of Mint pairs, 19 in the paper.
         hidden: hidden units K per channel, 1 in the paper.
@@ -107,14 +107,15 @@ class MintClassifier(nn.Module):
         }
         self.input_shape = (channels, *size)
         self.width = width
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(size) - 1]
         self.layers = nn.ModuleList()
         for pair in range(pairs):
             if pair in positions:
-                self.layers.append(Squeeze())
-                width, size = width * 4, squeezed(size, 1)
+                self.layers.append(Squeeze(len(size)))
+                width, size = width * 2 ** len(size), squeezed(size, 1)
             block = Block()
             for triangle in ("lower", "upper"):
-                block.append(nn.BatchNorm2d(width))
+                block.append(norm(width))
                 block.append(
                     MintLayer(
                         width,
@@ -144,7 +145,7 @@ class MintClassifier(nn.Module):
         return cls(**{**model_arguments(name, "classifier"), **changes})
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities (B, classes) of images (B, C, H, W).
+        """Log-probabilities (B, classes) of images (B, C, H, W), series or volumes.
 
         Raises:
             TypeError, ValueError: images are not a finite tensor of the right shape and dtype.
@@ -152,7 +153,8 @@ class MintClassifier(nn.Module):
         check_tensor("images", images, self.input_shape, like=first_tensor(self))
         if images.shape[1] > self.width:
             raise ValueError(f"images have {images.shape[1]} channels, more than {self.width}")
-        x = F.pad(images, (0, 0, 0, 0, 0, self.width - images.shape[1]))
+        axes = images.ndim - 2
+        x = F.pad(images, (*[0, 0] * axes, 0, self.width - images.shape[1]))
         for layer in self.layers:
             x = _values(layer(x))
-        return F.log_softmax(self.fc(F.elu(x).mean((2, 3))), dim=1)
+        return F.log_softmax(self.fc(F.elu(x).mean([*range(2, x.ndim)])), dim=1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,16 @@ from mintnet_triton.ordering import Order, Ordering, Triangle
 #: elements of a weight up to which each has a mask of its own, which is sooner multiplied
 SMALL = 2**17
 
+_DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-class MaskedConv2d(nn.Module):
+
+class MaskedConv(nn.Module):
     """A convolution whose outputs see no variable that comes after them.
 
-    Channels come in colours, colour-major: unit k of colour c is channel ``c * K + k``, and all
-    units of a colour stand at its place in the order. Zero-padded to the same size, stride 1.
+    Of series (B, C, L), images (B, C, H, W) or volumes (B, C, D, H, W): :class:`MaskedConv1d`,
+    :class:`MaskedConv2d` and :class:`MaskedConv3d`, which differ in nothing else. Channels come in
+    colours, colour-major: unit k of colour c is channel ``c * K + k``, and all units of a colour
+    stand at its place in the order. Zero-padded to the same size, stride 1.
 
     Args:
         in_channels: multiple of ``colours``.
@@ -37,6 +41,9 @@ class MaskedConv2d(nn.Module):
     Raises:
         ValueError, TypeError: an argument outside its range.
     """
+
+    #: along which it looks
+    axes: ClassVar[int]
 
     def __init__(
         self,
@@ -67,7 +74,7 @@ class MaskedConv2d(nn.Module):
         )
         self.ordering = Ordering(order, triangle)
         self.strict = strict
-        dense = nn.Conv2d(
+        dense = _DENSE[self.axes - 1](
             in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype
         )
         self.weight, self.bias = dense.weight, dense.bias
@@ -93,9 +100,14 @@ class MaskedConv2d(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """What an output colour sees, (C, C, k, k), bool: colours out and in, row, column."""
+        """What an output colour sees, (C, C, k, k), bool: colours out and in, row, column.
+
+        With as many k as there are axes.
+        """
         with torch.device(self._like().device):
-            return self.ordering.conv_mask(self.colours, self.kernel_size, strict=self.strict)
+            return self.ordering.conv_mask(
+                self.colours, self.kernel_size, strict=self.strict, axes=self.axes
+            )
 
     def _like(self) -> Tensor:
         """A tensor of the weight's device and dtype, also where a hook has yet to compute it."""
@@ -130,12 +142,9 @@ class MaskedConv2d(nn.Module):
                 "weight is sharded: call unshard() on every sharded module, or register what you "
                 "call by register_fsdp_forward_method"
             )
-        side = self.kernel_size
-        if weight.shape != (self.out_channels, self.in_channels, side, side):
-            raise ValueError(
-                f"weight must have shape {(self.out_channels, self.in_channels, side, side)}, got "
-                f"{tuple(weight.shape)}"
-            )
+        shape = (self.out_channels, self.in_channels, *[self.kernel_size] * self.axes)
+        if weight.shape != shape:
+            raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
         return weight
 
     def masked_weight(self) -> Tensor:
@@ -150,19 +159,19 @@ class MaskedConv2d(nn.Module):
         if seen.is_meta and not weight.is_meta:  # of weights that are given for a call
             seen = self._what_is_seen()
         seen = seen.to(weight.device, weight.dtype)
-        if seen.ndim == 5:
+        if seen.ndim > weight.ndim:
             by_colour = weight.reshape(self.colours, -1, *weight.shape[1:])
             return (by_colour * seen).reshape(weight.shape).contiguous()
         return (weight * seen).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H, W).
+        """(B, in_channels, H, W) -> (B, out_channels, H, W), or with L, or D, H and W.
 
         Raises:
             TypeError, ValueError: x is not a finite tensor of the right shape, dtype and device.
         """
         weight, ordering = self.masked_weight(), self.ordering
-        check_tensor("x", x, (weight.shape[1], None, None), like=weight)
+        check_tensor("x", x, (weight.shape[1], *[None] * self.axes), like=weight)
         return masked_conv2d(x, weight, self.bias, self.colours, ordering.order, ordering.triangle)
 
     def extra_repr(self) -> str:
@@ -172,3 +181,21 @@ class MaskedConv2d(nn.Module):
             f"triangle={self.ordering.triangle!r}, order={self.ordering.order!r}, "
             f"strict={self.strict}, bias={self.bias is not None}"
         )
+
+
+class MaskedConv1d(MaskedConv):
+    """:class:`MaskedConv` of series (B, C, L)."""
+
+    axes = 1
+
+
+class MaskedConv2d(MaskedConv):
+    """:class:`MaskedConv` of images (B, C, H, W)."""
+
+    axes = 2
+
+
+class MaskedConv3d(MaskedConv):
+    """:class:`MaskedConv` of volumes (B, C, D, H, W)."""
+
+    axes = 3

@@ -37,18 +37,19 @@ def squeeze_positions(pairs: int, squeezes: int) -> list[int]:
     return [pairs // (squeezes + 1) * (i + 1) for i in range(squeezes)]
 
 
-def squeezed(size: tuple[int, int], squeezes: int) -> tuple[int, int]:
-    """(H, W) after that many squeezes.
+def squeezed(size: tuple[int, ...], squeezes: int) -> tuple[int, ...]:
+    """(H, W), or sizes along other axes, after that many squeezes.
 
     Raises:
-        ValueError: H or W does not divide by 2 that often.
+        ValueError: one of them does not divide by 2 that often.
     """
     factor = 2**squeezes
-    if size[0] % factor or size[1] % factor:
+    if any(side % factor for side in size):
         raise ValueError(
-            f"image_size must divide by {factor} for squeezes={squeezes}, got {size[0]} x {size[1]}"
+            f"image_size must divide by {factor} for squeezes={squeezes}, got "
+            f"{' x '.join(map(str, size))}"
         )
-    return size[0] // factor, size[1] // factor
+    return tuple(side // factor for side in size)
 
 
 class MintNet(Chain):
@@ -59,9 +60,11 @@ class MintNet(Chain):
 
     Args:
         channels: of an image.
-        image_size: (H, W), or one integer for both.
+        image_size: (H, W), or one integer for both; (L,) for series (B, C, L), (D, H, W) for
+            volumes (B, C, D, H, W). What is said of (B, C, H, W) holds for them.
         pairs: number of Mint pairs.
-        hidden: hidden units K per colour at the first scale; divided by 4 at each squeeze.
+        hidden: hidden units K per colour at the first scale; divided by 4 at each squeeze, by 2 for
+            series and 8 for volumes, as channels are multiplied.
         squeezes: number of squeezes, evenly spread; 2 in the paper's models.
         order: "channel" or "pixel".
         kernel_size: odd, or three odd sizes.
@@ -102,9 +105,10 @@ class MintNet(Chain):
         size = as_size("image_size", image_size)
         positions = squeeze_positions(pairs, squeezes)
         squeezed(size, squeezes)
-        if hidden // 4**squeezes == 0:
+        taps = 2 ** len(size)  # of a squeeze
+        if hidden // taps**squeezes == 0:
             raise ValueError(
-                f"hidden must be at least {4**squeezes}, for it is divided by 4 at each of "
+                f"hidden must be at least {taps**squeezes}, for it is divided by {taps} at each of "
                 f"{squeezes} squeezes, got {hidden}"
             )
         #: what the constructor was called with, for :func:`mintnet_triton.save`
@@ -127,8 +131,8 @@ class MintNet(Chain):
         self.layers = nn.ModuleList()
         for pair in range(pairs):
             if pair in positions:
-                self.layers.append(Squeeze())
-                channels, size, hidden = channels * 4, squeezed(size, 1), hidden // 4
+                self.layers.append(Squeeze(len(size)))
+                channels, size, hidden = channels * taps, squeezed(size, 1), hidden // taps
             near_identity = zero_init_start is not None and pair > zero_init_start
             self.layers.append(
                 MintPair(
@@ -145,11 +149,11 @@ class MintNet(Chain):
             )
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W) of z, at the last scale."""
-        channels, height, width = self.image_shape
+        channels, *size = self.image_shape
         factor = 2 ** sum(isinstance(layer, Squeeze) for layer in self.layers)
-        return channels * factor**2, height // factor, width // factor
+        return channels * factor ** len(size), *(side // factor for side in size)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:

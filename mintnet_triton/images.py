@@ -12,6 +12,9 @@ from mintnet_triton.flow import MintNet
 from mintnet_triton.presets import load_preset
 from mintnet_triton.solvers import log_det_dtype
 
+#: dimensions of a batch of series, images or volumes
+RANKS = (3, 4, 5)
+
 #: bits of the noise that are left beside the largest value of a pixel
 NOISE_BITS = 16
 
@@ -66,14 +69,15 @@ class ImagePreprocess(nn.Module):
         """Dequantise images and map them to logits.
 
         Args:
-            images: (B, C, H, W) of any integer dtype or bool, values 0 to levels - 1.
+            images: (B, C, H, W), or series (B, C, L) or volumes (B, C, D, H, W), of any integer
+                dtype or bool, values 0 to levels - 1.
             generator: source of the noise; the default one of the device if None.
             dtype: of the logits; the default dtype if None. For more than 256 levels all is
                 computed in float64 and rounded once, which can bring v across the edge of its
                 level: give float64 if :meth:`to_images` has to return the very images.
 
         Returns:
-            x (B, C, H, W), and the log-determinant (B,) of v -> x.
+            x, shaped like the images, and the log-determinant (B,) of v -> x.
 
         Raises:
             TypeError: images are not of an integer dtype.
@@ -112,8 +116,11 @@ class ImagePreprocess(nn.Module):
                 f"images must be a tensor of an integer dtype, got {kind}; values in [0, 1] become "
                 "images by (values * (levels - 1)).round().long()"
             )
-        if images.ndim != 4:
-            raise ValueError(f"images must be (batch, C, H, W), got shape {tuple(images.shape)}")
+        if images.ndim not in RANKS:
+            raise ValueError(
+                f"images must be (batch, C, H, W), got shape {tuple(images.shape)}; or series "
+                "(batch, C, L), or volumes (batch, C, D, H, W)"
+            )
         if images.numel() and not is_traced(images):
             ordered = images.double() if images.dtype in _UNORDERED else images
             least, most = (int(bound) for bound in ordered.aminmax())
@@ -126,12 +133,12 @@ class ImagePreprocess(nn.Module):
         return add_noise(images, noise)
 
     def transform(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Map real values v (B, C, H, W) in [0, levels] to logits x, with the log-det (B,).
+        """Map real values v, shaped as images, in [0, levels] to logits x, with the log-det (B,).
 
         Raises:
             TypeError, ValueError: not a finite floating tensor within [0, levels].
         """
-        check_tensor("values", values, (None, None, None), like=None)
+        _check_images("values", values)
         if values.numel() and not is_traced(values):
             least, most = (float(bound) for bound in values.detach().aminmax())
             if least < 0 or most > self.levels:
@@ -143,26 +150,26 @@ class ImagePreprocess(nn.Module):
         return x, self._log_det(x)
 
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map logits x (B, C, H, W) to values v, with the log-det (B,) of x -> v.
+        """Map logits x, shaped as images, to values v, with the log-det (B,) of x -> v.
 
         v lies outside [0, levels] where x lies outside the logits of images.
 
         Raises:
-            TypeError, ValueError: not a finite floating tensor of four dimensions.
+            TypeError, ValueError: not a finite floating tensor of three to five dimensions.
         """
-        check_tensor("x", x, (None, None, None), like=None)
+        _check_images("x", x)
         p = torch.sigmoid(x)
         return (p - self.logit_lambda) * (self.levels / (1 - 2 * self.logit_lambda)), -(
             self._log_det(x)
         )
 
     def to_images(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W), int64 in 0 to levels - 1, from logits x; values outside are clipped.
+        """Images, int64 in 0 to levels - 1, from logits x; values outside are clipped.
 
         Raises:
             TypeError, ValueError: as :meth:`inverse`.
         """
-        check_tensor("x", x, (None, None, None), like=None)
+        _check_images("x", x)
         return self.inverse(x.double())[0].floor().clamp(0, self.levels - 1).long()
 
     def _log_det(self, x: Tensor) -> Tensor:
@@ -173,6 +180,12 @@ class ImagePreprocess(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, logit_lambda={self.logit_lambda}"
+
+
+def _check_images(name: str, x: Tensor) -> None:
+    """Raise a typed error unless x is a finite floating tensor of as many dimensions as images."""
+    rank = x.ndim if isinstance(x, Tensor) and x.ndim in RANKS else 4
+    check_tensor(name, x, [None] * (rank - 1), like=None)
 
 
 def _holds_noise(dtype: torch.dtype, levels: int) -> bool:
@@ -204,7 +217,7 @@ def bits_per_dim(
 
     Args:
         flow: over logits.
-        images: (B, C, H, W) of any integer dtype or bool, values 0 to levels - 1.
+        images: as the flow takes them, but of any integer dtype or bool, values 0 to levels - 1.
         levels: values a pixel may take.
         logit_lambda: the one that the flow was trained with.
         generator: source of the dequantisation noise.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mintnet_triton.calculus import TriangularMap
-from mintnet_triton.checks import as_kernel_sizes, as_size, check_positive
+from mintnet_triton.checks import as_kernel_sizes, as_size, check_integer, check_positive
 from mintnet_triton.context import ContextLinear, ContextNetwork, check_maker, make_network
-from mintnet_triton.conv import MaskedConv2d
+from mintnet_triton.conv import MaskedConv, MaskedConv1d, MaskedConv2d, MaskedConv3d
 from mintnet_triton.hooks import call_watched, is_watched, run_conv_hooks, run_weight_hooks
 from mintnet_triton.inverse import Chain, Invertible, Reshaping, Shape
 from mintnet_triton.kernels import (
@@ -91,7 +91,8 @@ class MintLayer(TriangularMap):
 
     Args:
         channels: number of colours C.
-        size: (H, W), or one integer for both.
+        size: (H, W), or one integer for both; (L,) for series (B, C, L), (D, H, W) for volumes
+            (B, C, D, H, W). What is said of (B, C, H, W) holds for them.
         hidden: hidden units K per colour.
         triangle: ``"lower"`` or ``"upper"``.
         order: ``"channel"`` or ``"pixel"``.
@@ -153,7 +154,7 @@ class MintLayer(TriangularMap):
             )
         widths = (channels, channels * hidden, channels * hidden, channels)
         self.conv1, self.conv2, self.conv3 = (
-            MaskedConv2d(
+            self._conv_type(
                 inputs,
                 outputs,
                 side,
@@ -192,8 +193,12 @@ class MintLayer(TriangularMap):
                 nn.init.zeros_(cast(Tensor, conv.bias))
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
+    def input_shape(self) -> tuple[int, ...]:
         return (self.channels, *self.size)
+
+    @property
+    def _conv_type(self) -> type[MaskedConv]:
+        return (MaskedConv1d, MaskedConv2d, MaskedConv3d)[len(self.size) - 1]
 
     @property
     def _context_outputs(self) -> int:
@@ -285,7 +290,7 @@ class MintLayer(TriangularMap):
         )
         return weights
 
-    def _checked_convs(self) -> list[MaskedConv2d]:
+    def _checked_convs(self) -> list[MaskedConv]:
         """The convolutions, after the hooks by which their weights are computed."""
         convs = [self.conv1, self.conv2, self.conv3]
         if self._watching:  # but not hooks that have been removed
@@ -298,14 +303,15 @@ class MintLayer(TriangularMap):
 
     def _check_conv(self, name: str, conv: nn.Module) -> None:
         """Refuse what would be called in vain, or is not of the layer's structure."""
-        if not isinstance(conv, MaskedConv2d) or (
+        if not isinstance(conv, self._conv_type) or (
             (conv.ordering, conv.colours, conv.strict) != (self.ordering, self.channels, False)
         ):
             raise TypeError(
-                f"{name} of a MintLayer must be a MaskedConv2d of its order and colours, got {conv}"
+                f"{name} of a MintLayer must be a {self._conv_type.__name__} of its order and "
+                f"colours, got {conv}"
             )
-        kind: type[MaskedConv2d] = type_before_parametrizations(conv)
-        if "forward" in vars(conv) or kind.forward is not MaskedConv2d.forward:
+        kind: type[MaskedConv] = type_before_parametrizations(conv)
+        if "forward" in vars(conv) or kind.forward is not MaskedConv.forward:
             raise TypeError(
                 f"{name} of a MintLayer has a forward of its own, and would not be called: a layer "
                 "is computed as a whole. Change its weight by torch.nn.utils.parametrize, or "
@@ -360,7 +366,7 @@ class MintLayer(TriangularMap):
         if self._frozen or self._call() is not None or not use_triton(x, self.activation):
             return self._weights()
         for conv in (self.conv1, self.conv2, self.conv3):
-            plain = getattr(type(conv), "masked_weight", None) is MaskedConv2d.masked_weight
+            plain = getattr(type(conv), "masked_weight", None) is MaskedConv.masked_weight
             if not plain or "masked_weight" in vars(conv):
                 return self.effective_weights()
         return self.raw_weights()
@@ -466,7 +472,8 @@ class MintLayer(TriangularMap):
         weights = weights.weights if isinstance(weights, FrozenWeights) else weights
         weights = MintWeights(*(weight.detach().to(weights.t.dtype) for weight in weights))
         t = scaled(weights.t, self._condition_in(weights.t.dtype))
-        return t, t + steepest_share(weights, self.activation)[:, None, None]
+        share = steepest_share(weights, self.activation)
+        return t, t + share.view(-1, *[1] * len(self.size))
 
     @property
     def has_wavefront(self) -> bool:
@@ -610,23 +617,37 @@ class MintPair(Chain, nn.Sequential):
 class Squeeze(Reshaping):
     """Trade resolution for channels: (B, C, H, W) -> (B, 4C, H/2, W/2).
 
-    Channel order of the result is (dy, dx, c).
+    Channel order of the result is (dy, dx, c). Along one axis channels double, and their order is
+    (dx, c); along three there are eight times as many, (dz, dy, dx, c).
+
+    Args:
+        axes: of the images: 1 for series (B, C, L), 3 for volumes (B, C, D, H, W).
 
     Raises:
-        ValueError: at a call, if H or W (or, inverting, C) does not divide.
+        TypeError, ValueError: axes is not 1, 2 or 3; at a call, if H or W (or, inverting, C) does
+            not divide.
     """
+
+    def __init__(self, axes: int = 2) -> None:
+        super().__init__()
+        self.axes = check_integer("axes", axes, least=1)
+        if self.axes > 3:
+            raise ValueError(f"axes must be 1, 2 or 3, got {axes}")
 
     @property
     def input_shape(self) -> Shape:
-        return (None, None, None)
+        return (None,) * (1 + self.axes)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        batch, colours, height, width = x.shape
-        if height % 2 or width % 2:
-            raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
-        by_tap = x.reshape(batch, colours, height // 2, 2, width // 2, 2)
-        y = by_tap.permute(0, 3, 5, 1, 2, 4)
-        return y.reshape(batch, 4 * colours, height // 2, width // 2), _no_log_det(x)
+        batch, colours, *size = x.shape
+        if any(side % 2 for side in size):
+            sides = ("length", "height and width", "depth, height and width")[self.axes - 1]
+            raise ValueError(f"x must have even {sides}, got {tuple(x.shape)}")
+        halves = [side // 2 for side in size]
+        by_tap = x.reshape(batch, colours, *(n for half in halves for n in (half, 2)))
+        taps, pixels = (range(first, 2 * self.axes + 2, 2) for first in (3, 2))
+        y = by_tap.permute(0, *taps, 1, *pixels)
+        return y.reshape(batch, 2**self.axes * colours, *halves), _no_log_det(x)
 
     def context_after(self, context: Tensor | None) -> Tensor | None:
         """A map is averaged over the pixels that become one."""
@@ -635,11 +656,14 @@ class Squeeze(Reshaping):
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        batch, channels, height, width = z.shape
-        if channels % 4:
-            raise ValueError(f"z must have a multiple of 4 channels, got {tuple(z.shape)}")
-        by_tap = z.reshape(batch, 2, 2, channels // 4, height, width)
-        x = by_tap.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels // 4, 2 * height, 2 * width)
+        batch, channels, *size = z.shape
+        axes, taps = self.axes, 2**self.axes
+        if channels % taps:
+            raise ValueError(f"z must have a multiple of {taps} channels, got {tuple(z.shape)}")
+        by_tap = z.reshape(batch, *[2] * axes, channels // taps, *size)
+        pairs = (n for axis in range(1, axes + 1) for n in (1 + axes + axis, axis))
+        x = by_tap.permute(0, 1 + axes, *pairs)
+        x = x.reshape(batch, channels // taps, *(2 * side for side in size))
         steps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         return Solution(x, _no_log_det(z), z.new_zeros(len(z)), steps, steps.bool())
 

@@ -5,7 +5,7 @@ one fixed order. Everything about an order is derived from :meth:`Ordering.rank`
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ class OrderingError(ValueError):
 
 @dataclass(frozen=True)
 class Ordering:
-    """A total order of the variables of an image or a vector.
+    """A total order of the variables of an image, of any number of axes, or a vector.
 
     Args:
         order: ``"channel"``: colour by colour, each row by row (the order of the paper's models);
-            ``"pixel"``: pixel by pixel, each colour by colour. A vector has one order.
+            ``"pixel"``: pixel by pixel, each colour by colour. A vector has one order. A series is
+            a row, and a volume goes plane by plane.
         triangle: ``"lower"`` for that order, ``"upper"`` for its reverse.
 
     Raises:
@@ -44,32 +45,38 @@ class Ordering:
         """Position of every variable in the order, from 0.
 
         Args:
-            shape: (C, H, W) of an image or (n,) of a vector.
+            shape: (C, H, W) of an image, (C, L) of a series, (C, D, H, W) of a volume, or (n,) of
+                a vector.
 
         Returns:
             int64 tensor of that shape.
         """
         size = torch.Size(shape).numel()
-        if self.order == "pixel" and len(shape) == 3:
-            colours, height, width = shape
-            rank = torch.arange(size).view(height, width, colours).permute(2, 0, 1)
+        if self.order == "pixel" and len(shape) > 1:
+            colours, *sides = shape
+            rank = torch.arange(size).view(*sides, colours).movedim(-1, 0)
         else:
             rank = torch.arange(size).view(shape)
         return rank if self.triangle == "lower" else size - 1 - rank
 
-    def conv_mask(self, colours: int, kernel_size: int, *, strict: bool = False) -> Tensor:
+    def conv_mask(
+        self, colours: int, kernel_size: int, *, strict: bool = False, axes: int = 2
+    ) -> Tensor:
         """Taps of a convolution that look at variables not after the output.
 
         Args:
             colours: number of colours C.
             kernel_size: odd side k of the kernel.
             strict: also exclude the output's own variable (the first layer of a PixelCNN).
+            axes: of the images: 1, 2 or 3.
 
         Returns:
-            bool tensor (C, C, k, k): output colour, input colour, row, column.
+            bool tensor (C, C, k, k), or with as many k as axes: output colour, input colour, row,
+            column.
         """
-        rank = self.rank(colours, kernel_size, kernel_size)
-        centre = rank[:, kernel_size // 2, kernel_size // 2].view(-1, 1, 1, 1)
+        rank = self.rank(colours, *[kernel_size] * axes)
+        middle: Any = (slice(None), *[kernel_size // 2] * axes)
+        centre = rank[middle].view(-1, *[1] * (axes + 1))
         return rank < centre if strict else rank <= centre
 
 

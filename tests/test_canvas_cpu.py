@@ -138,6 +138,8 @@ def in_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         (16, (1, 2), 1, 1, 3, "upper"),  # tiles of several colours
         (1, (2, 3), 16, (3, 1, 3), 7, "lower"),  # several tiles of a colour
         (1, (70, 16), 1, 3, 4, "upper"),  # rows in several parts
+        (2, (9,), 3, (3, 5, 7), 3, "lower"),
+        (2, (3, 2, 4), 3, (3, 1, 5), 3, "upper"),
     ],
 )
 def test_no_access_beyond_an_array(

@@ -29,7 +29,7 @@ def dependencies(kernel: int, colours: int, height: int, width: int, order: Orde
     return outputs.flatten(1).T
 
 
-def depths(seen: Tensor, shape: tuple[int, int, int], order: Order) -> Tensor:
+def depths(seen: Tensor, shape: tuple[int, ...], order: Order) -> Tensor:
     """The length of the longest chain of dependencies that ends in each variable, (C, H, W)."""
     ranked = Ordering(order, "lower").rank(*shape).flatten().argsort()
     depth = torch.zeros(len(seen), dtype=torch.int64)

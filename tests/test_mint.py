@@ -317,7 +317,7 @@ def test_non_finite_inputs_are_located(value: float, call: str) -> None:
         ({"kernel_size": 4}, ValueError, "kernel_size must be odd.*got 4"),
         ({"kernel_size": (3, 3)}, ValueError, "an integer or three of them"),
         ({"kernel_size": -1}, ValueError, "kernel_size must be at least 1"),
-        ({"size": (4, 4, 4)}, ValueError, r"size must be an integer or \(height, width\)"),
+        ({"size": (4, 4, 4, 4)}, ValueError, r"size must be an integer or \(height, width\)"),
         ({"triangle": "A"}, ValueError, "triangle must be 'lower' or 'upper'"),
         ({"order": "rgb"}, ValueError, "order must be 'channel' or 'pixel'"),
         ({"activation": "gelu"}, ValueError, "activation must be monotone"),

@@ -36,7 +36,7 @@ def random_layer(
     ordering: Any = ("channel", "lower"),
     kernels: Any = 3,
     activation: str = "elu",
-    size: tuple[int, int] = (3, 4),
+    size: tuple[int, ...] = (3, 4),
     numbers: str = "float64",
 ) -> mint.MintLayer:
     """A layer whose hidden layers are about 1, and no gradient negligible.

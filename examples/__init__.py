@@ -1,0 +1,1 @@
+"""What can be done with the library, each in a file that runs by itself."""

@@ -25,8 +25,8 @@ class Problem(NamedTuple):
     z: Tensor
 
 
-def make(seed: int) -> Problem:
-    """A problem of its own for each seed."""
+def make(seed: int, axes: int = 2) -> Problem:
+    """A problem of its own for each seed, of images of so many axes."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float) -> float:
@@ -37,7 +37,7 @@ def make(seed: int) -> Problem:
     def choose(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))
 
-    channels, size = 1 + choose(3), (2 + choose(4), 2 + choose(4))
+    channels, size = 1 + choose(3), tuple(2 + choose(4) for _ in range(axes))
     layer = mint.MintLayer(
         channels,
         size,
@@ -110,12 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--axes", type=int, default=2)
     options = parser.parse_args()
     total: Counter[str] = Counter()
     torch.set_num_threads(1)
     for seed in range(options.first, options.first + options.count):
         try:
-            total += judge(make(seed))
+            total += judge(make(seed, options.axes))
         except AssertionError as error:
             total["wrong"] += 1
             print(f"seed {seed}: {error}")

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mintnet_triton.kernels import BackendError, fronts
 from mintnet_triton.kernels.canvas import Canvas, Space, offsets
 from mintnet_triton.kernels.cpu import products as cpu_products
 from mintnet_triton.ordering import Order, Ordering, Triangle
+from tests.adversarial import judge, make
 from tests.jacobian import assert_triangular_with_log_det, jacobian
 from tests.test_fronts import depths, weights_of
 
@@ -198,6 +200,13 @@ def test_steep_layers_are_inverted(size: tuple[int, ...], order: Order, triangle
         scale = layer.magnitude(wave.x)
         assert bool(((y - z).abs() <= 1e-9 * scale).all())
     torch.testing.assert_close(found[0].diagonal, found[1].diagonal, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_answers_to_adversarial_layers_are_true(axes: int) -> None:
+    total = sum((judge(make(seed, axes)) for seed in range(25)), Counter())
+    assert total["converged"] > 0.4 * total["samples"]
+    assert total["tight"] > 0.7 * total["samples"]
 
 
 @pytest.mark.parametrize("size", [(1,), (1, 1), (1, 1, 1), (1, 3, 1), (4, 1, 1)], ids=str)

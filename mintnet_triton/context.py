@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mintnet_triton.checks import check_integer, check_tensor
+from mintnet_triton.kernels import convolve
 
 #: a network of a layer, or what makes one for a number of outputs
 ContextNetwork = nn.Module | Callable[[int], nn.Module]
@@ -39,8 +40,9 @@ class ContextLinear(nn.Linear):
 
     def forward(self, context: Tensor) -> Tensor:
         """(B, context) -> (B, outputs), or (B, context, H, W) -> (B, outputs, H, W)."""
-        if context.ndim == 4:
-            return F.conv2d(context, self.weight[:, :, None, None])
+        if context.ndim > 2:
+            weight = self.weight.reshape(*self.weight.shape, *[1] * (context.ndim - 2))
+            return convolve(context, weight, None)
         return F.linear(context, self.weight)
 
 
@@ -94,7 +96,7 @@ def check_context(
         taker: that takes one, or none.
         context: (B, channels) or (B, channels, H, W).
         x: whose samples it belongs to.
-        size: (H, W) of a map.
+        size: (H, W) of a map, or its sizes along as many axes as x has.
         like: a parameter, whose dtype and device it must have.
 
     Raises:
@@ -110,11 +112,13 @@ def check_context(
                 f"{type(context).__name__}"
             )
         return
-    wanted = f"(batch, {taker.context}) or (batch, {taker.context}, H, W)"
+    sizes = ("L", "H, W", "D, H, W")[len(size) - 1]
+    wanted = f"(batch, {taker.context}) or (batch, {taker.context}, {sizes})"
     if context is None:
         raise TypeError(f"{name} was made for a context, and needs one of shape {wanted}, got None")
-    is_map = isinstance(context, Tensor) and context.ndim == 4
-    if isinstance(context, Tensor) and context.ndim not in (2, 4):
+    rank = 2 + len(size)  # of a batch of maps
+    is_map = isinstance(context, Tensor) and context.ndim == rank
+    if isinstance(context, Tensor) and context.ndim not in (2, rank):
         raise ValueError(f"context must have shape {wanted}, got {tuple(context.shape)}")
     check_tensor("context", context, (taker.context, *(size if is_map else ())), like)
     if context.shape[0] != x.shape[0]:
@@ -123,13 +127,13 @@ def check_context(
         )
 
 
-def rows_of_context(context: Tensor | None, n: int) -> Tensor | None:
+def rows_of_context(context: Tensor | None, n: int, axes: int) -> Tensor | None:
     """The context of n samples, from one for all: (c,), (c, H, W), or of one row.
 
-    Others are left as they are, to be checked.
+    Others are left as they are, to be checked; along one axis (c, L) are c rows, and no map.
     """
     if not isinstance(context, Tensor):
         return context
-    if context.ndim in (1, 3):
+    if context.ndim == 1 or context.ndim == 1 + axes > 2:
         context = context.unsqueeze(0)
     return context.expand(n, *context.shape[1:]) if len(context) == 1 else context

@@ -227,7 +227,7 @@ class MintNet(Chain):
             ValueError, TypeError: an argument outside its range, or a context that does not fit.
         """
         z = self._latents(n, generator, temperature)
-        x, _ = self.inverse(z, solver, rows_of_context(context, len(z)))
+        x, _ = self.inverse(z, solver, self._rows_of(context, len(z)))
         return x.to(self._like().dtype)
 
     def sample_and_log_prob(
@@ -247,11 +247,14 @@ class MintNet(Chain):
             ValueError, TypeError: an argument outside its range, or a context that does not fit.
         """
         z = self._latents(n, generator, temperature)
-        x, log_det = self.inverse(z, solver, rows_of_context(context, len(z)))
+        x, log_det = self.inverse(z, solver, self._rows_of(context, len(z)))
         return x.to(self._like().dtype), standard_normal_log_prob(z) - log_det
 
     def _like(self) -> Tensor:
         return first_tensor(self)
+
+    def _rows_of(self, context: Tensor | None, n: int) -> Tensor | None:
+        return rows_of_context(context, n, len(self.image_shape) - 1)
 
     def _latents(self, n: int, generator: torch.Generator | None, temperature: float) -> Tensor:
         n = check_integer("n", n, least=0)

@@ -105,7 +105,7 @@ class MintLayer(TriangularMap):
         recompute: keep x alone for the backward pass, and compute the hidden layers again there;
             an attribute that may be set at any time.
         context: channels of a context that the layer is given beside x, a vector (B, context) or a
-            map (B, context, H, W); None, the default, for none.
+            map (B, context, H, W), as x has axes; None, the default, for none.
         context_network: maps it to values (B, P) or (B, P, H, W), P = 2 C K + 2 C: what is added to
             b1 (C K of them), b2 (C K) and b3 (C), and s (C), for t is multiplied by exp(s). An
             ``nn.Module``, or a function that makes one for P outputs; None, the default, for a
@@ -651,7 +651,9 @@ class Squeeze(Reshaping):
 
     def context_after(self, context: Tensor | None) -> Tensor | None:
         """A map is averaged over the pixels that become one."""
-        return context if context is None or context.ndim == 2 else F.avg_pool2d(context, 2)
+        if context is None or context.ndim == 2:
+            return context
+        return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[self.axes - 1](context, 2)
 
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None

@@ -489,6 +489,48 @@ def test_flows(size: tuple[int, ...], order: Order, tmp_path: Path) -> None:
     assert torch.equal(loaded(x)[0], z)
 
 
+@pytest.mark.parametrize("is_map", [False, True])
+@pytest.mark.parametrize(("order", "triangle"), ORDERINGS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_contexts(size: tuple[int, ...], order: Order, triangle: Triangle, is_map: bool) -> None:
+    """A layer is triangular for each, inverted, and compiled as it is in plain PyTorch."""
+    layer = random_layer(size, order=order, triangle=triangle, scale=0.7, context=2)
+    x = random_input(layer)
+    context = torch.randn(len(x), 2, *(size if is_map else ())).double()
+    assert_triangular_with_log_det(layer.given(context[:1]), x[:1])
+    z, log_det = layer(x, context)
+    assert not torch.allclose(z[:1], layer(x[:1], 2 * context[:1])[0])
+    for backend in ("auto", "torch"):
+        with mint.use_backend(backend):
+            again, inverse_log_det = layer.inverse(z, context=context)
+        torch.testing.assert_close(again, x)
+        torch.testing.assert_close(inverse_log_det, -log_det)
+    expected = torch.autograd.grad(z.square().sum() + log_det.sum(), list(layer.parameters()))
+    layer, x, context = layer.float(), x.float(), context.float()
+    z, log_det = layer(x, context)
+    computed = torch.autograd.grad(z.square().sum() + log_det.sum(), list(layer.parameters()))
+    for one, value in zip(computed, expected, strict=True):
+        torch.testing.assert_close(one.double(), value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8,), (2, 4, 2)], ids=str)
+def test_contexts_of_flows(size: tuple[int, ...]) -> None:
+    flow = small_flow(size, context=3)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(2, 1, *size)
+    for context in (torch.randn(2, 3), torch.randn(2, 3, *size)):
+        z, log_det = flow(x, context)
+        again, inverse_log_det = flow.inverse(z, context=context)
+        torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-4, atol=1e-4)
+    assert flow.sample(4, context=torch.randn(3)).shape == (4, 1, *size)
+    assert flow.sample(4, context=torch.randn(1, 3, *size)).shape == (4, 1, *size)
+    with pytest.raises(ValueError, match=r"context must have shape \(batch, 3\) or \(batch, 3, "):
+        flow(x, torch.randn(2, 3, *size, 2))
+
+
 @pytest.mark.parametrize("size", [(8,), (2, 4, 2)], ids=str)
 def test_bits_per_dimension(size: tuple[int, ...]) -> None:
     flow, preprocess = small_flow(size).double(), mint.ImagePreprocess(17)

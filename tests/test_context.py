@@ -323,9 +323,9 @@ def test_rounding_is_relative_to_what_a_context_adds() -> None:
         for conv, shift in zip((own.conv1, own.conv2, own.conv3), condition, strict=False):
             assert conv.bias is not None
             # Both have their own rounding: neither may cancel the other.
-            shift.copy_(shift.abs() * conv.bias.sign())
-            conv.bias += shift[0]
-        own.t.mul_(condition.scale[0][:, None, None])
+            shift.copy_(shift.abs() * conv.bias.sign()[:, None, None])
+            conv.bias += shift[0, :, 0, 0]
+        own.t.mul_(condition.scale[0])
         view = layer.given(context)
         view._condition = condition
         torch.testing.assert_close(view.magnitude(x), own.magnitude(x))

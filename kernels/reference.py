@@ -100,7 +100,8 @@ class MintWeights(NamedTuple):
 
 def positive(t: Tensor) -> Tensor:
     """``max(|t|, 1e-12)``, never below float32, where that is not zero."""
-    return t.to(torch.promote_types(t.dtype, torch.float32)).abs().clamp(min=1e-12)
+    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
+    return t.to(dtype).abs().clamp(min=1e-12)
 
 
 def with_centres(

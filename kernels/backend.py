@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import platform
 import warnings
@@ -267,16 +268,17 @@ def is_transformed() -> bool:
 
 
 def check_pixels(x: Tensor) -> None:
-    """Refuse an input (B, C, H, W) that the kernels would count wrongly.
+    """Refuse an input (B, C, H, W) or (B, C, L) that the kernels would count wrongly.
 
     Raises:
         BackendError: ``x`` has more than :data:`MOST_PIXELS` pixels.
     """
-    samples, _, height, width = x.shape
-    if samples * height * width > MOST_PIXELS:
+    samples, _, *size = x.shape
+    if math.prod((samples, *size)) > MOST_PIXELS:
+        pixels = " x ".join(map(str, (samples, *size)))
         raise BackendError(
-            f"x has {samples} x {height} x {width} pixels, and the Triton kernels count at most "
-            f"{MOST_PIXELS}; give them fewer samples at once, or use_backend('torch')"
+            f"x has {pixels} pixels, and the Triton kernels count at most {MOST_PIXELS}; give them "
+            "fewer samples at once, or use_backend('torch')"
         )
 
 
@@ -284,8 +286,8 @@ def _obstacle(x: Tensor, activation: Activation | None) -> str:
     """What keeps the kernels from running, or nothing."""
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    if x.ndim != 4:
-        return f"they know images of two axes alone, and the input is of shape {tuple(x.shape)}"
+    if x.ndim not in (3, 4):
+        return f"they know images and series alone, and the input is of shape {tuple(x.shape)}"
     if activation is not None and not is_known(activation):
         return f"they know no activation but this package's own, and {activation.name!r} is not one"
     if is_transformed():

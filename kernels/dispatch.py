@@ -27,6 +27,7 @@ from mintnet_triton.kernels.reference import (
     Weights,
     scaled,
 )
+from mintnet_triton.kernels.series import as_image, as_square, given_images, of_images
 
 if TRITON_INSTALLED:
     from mintnet_triton.kernels._library import compute_dtype
@@ -43,7 +44,9 @@ def masked_conv2d(
 ) -> Tensor:
     """Convolution with masked weights; see :func:`.reference.masked_conv2d`."""
     if use_triton(x):
-        return triton_conv.masked_conv2d(x, weight, bias, colours, order, triangle)
+        image = as_image(x)
+        y = triton_conv.masked_conv2d(image, as_square(weight), bias, colours, order, triangle)
+        return y if image is x else y.squeeze(-2)
     if use_float32(x, weight):
         dtype = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
@@ -107,7 +110,8 @@ class FrozenWeights:
 
 def as_weights(weights: MintWeights | Weights) -> Weights:
     """What the Triton kernels take, which find the centres by themselves."""
-    return weights if isinstance(weights, Weights) else Weights(*weights[:6], weights.t)
+    weights = weights if isinstance(weights, Weights) else Weights(*weights[:6], weights.t)
+    return of_images(weights)
 
 
 def _in_float32(weights: MintWeights | FrozenWeights) -> MintWeights | FrozenWeights:
@@ -200,6 +204,12 @@ def mint_forward(
     """
     watched = call is not None
     if use_triton(x, activation, watched):
+        if x.ndim == 3:
+            y, diagonal, log_det = mint_forward(
+                as_image(x), weights, activation, order, triangle, recompute,
+                condition=given_images(condition),
+            )  # fmt: skip
+            return y.squeeze(-2), diagonal.squeeze(-2), log_det
         structure = Structure(order, triangle, activation.name)
         if isinstance(weights, FrozenWeights) and torch.is_grad_enabled() and x.requires_grad:
             weights = weights.weights
@@ -262,6 +272,12 @@ def fixed_point(
     Returns:
         As :class:`.inversion.Iterated`, of the finish; and the iterations of both.
     """
+    if z.ndim == 3:
+        x, *rest = fixed_point(
+            as_image(z), as_image(start), weights, activation, order, triangle, alpha, iterations,
+            tolerance, coarse, given_images(condition),
+        )  # fmt: skip
+        return x.squeeze(-2), rest[0], rest[1], rest[2], rest[3]
     structure = Structure(order, triangle, activation.name)
     arguments = (as_weights(weights.weights), structure, alpha, iterations)
     steps: Tensor | int = 0
@@ -272,7 +288,7 @@ def fixed_point(
         # What went astray begins anew.
         last = begun.residuals.gather(0, begun.iterations[None])[0]
         found = last <= begun.residuals[0]
-        start = torch.where(found.view(-1, *[1] * (z.ndim - 1)), begun.x, start)
+        start = torch.where(found.view(-1, 1, 1, 1), begun.x, start)
         steps = begun.iterations
     packed = weights.packed(z.dtype, "ieee", structure)
     x, log_det, residuals, iterated = triton_inversion.fixed_point(
@@ -293,7 +309,13 @@ def mint_wavefront(
     if not len(z):
         return fronts.empty_wave(z)
     if use_triton(z, None if isinstance(hidden, Slopes) else hidden):
-        return triton_wavefront.wavefront(z, weights, hidden, order, triangle, condition)
+        image = as_image(z)
+        if isinstance(hidden, Slopes):
+            hidden = Slopes(*map(as_image, hidden))
+        wave = triton_wavefront.wavefront(
+            image, of_images(weights), hidden, order, triangle, given_images(condition)
+        )
+        return wave if image is z else Wave(*(one.squeeze(-2) for one in wave))
     if use_numba(z, hidden, torch.float64):
         from mintnet_triton.kernels.cpu import (
             wavefront as cpu_wavefront,  # here, for numba takes time to import

@@ -1,6 +1,7 @@
 """The operations that the layers call: each goes to the backend chosen for its input."""
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -292,7 +293,7 @@ def fixed_point(
         steps = begun.iterations
     packed = weights.packed(z.dtype, "ieee", structure)
     x, log_det, residuals, iterated = triton_inversion.fixed_point(
-        z, start, packed, *arguments, tolerance, condition=condition
+        z, start, packed, *arguments, tolerance, inf, condition
     )
     return x, log_det, residuals, iterated, steps + iterated
 

@@ -270,8 +270,8 @@ def as_invertible(name: str, module: nn.Module) -> Invertible:
 class InversionResult:
     """What came of an inversion, per sample and per layer; check ``converged`` before using ``x``.
 
-    ``converged`` bounds the residual |f(x) - z|, not the error of x: where the map is nearly flat
-    or steep, a small residual leaves a larger error, which ``error_bound`` tells.
+    ``converged`` bounds the residual ``|f(x) - z|``, not the error of x: where the map is nearly
+    flat or steep, a small residual leaves a larger error, which ``error_bound`` tells.
 
     L layers are listed in the direction of ``forward``, data first; a reshaping (squeeze) is not
     counted. T is the solver's number of iterations, 1 for the wavefront; a sample that stopped

@@ -20,8 +20,8 @@ class LayerReport:
     """One triangular layer, in float64, the worst over the samples."""
 
     name: str
-    above_diagonal: float  #: largest |entry| of the Jacobian that must be zero
-    log_det_error: float  #: |log_det - slogdet of autograd's Jacobian| / max(1, |log_det|)
+    above_diagonal: float  #: largest ``|entry|`` of the Jacobian that must be zero
+    log_det_error: float  #: ``|log_det - slogdet of autograd's| / max(1, |log_det|)``
 
     @property
     def ok(self) -> bool:
@@ -35,8 +35,8 @@ class VerifyReport:
     layers: tuple[LayerReport, ...]
     converged: Tensor  #: (B,), bool, of the round trip in the model's own dtype
     residual: Tensor  #: (B,)
-    round_trip_error: Tensor  #: (B,), max |x - inverse(forward(x))|
-    log_det_mismatch: Tensor  #: (B,), |log_det + log_det of the inverse|
+    round_trip_error: Tensor  #: (B,), ``max |x - inverse(forward(x))|``
+    log_det_mismatch: Tensor  #: (B,), ``|log_det + log_det of the inverse|``
     forward_error: Tensor  #: (B,), of ``model(x)`` against its layers in float64, relative
     tolerance: float  #: what ``forward_error`` may be: half of the digits of x
 

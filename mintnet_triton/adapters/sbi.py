@@ -73,7 +73,7 @@ class MintEstimator(ConditionalDensityEstimator):
         return -self.log_prob(input.unsqueeze(0), condition)[0]
 
     def sample(self, sample_shape: torch.Size, condition: Tensor) -> Tensor:
-        """Samples (*sample_shape, B, D) at conditions (B, ...), without gradients.
+        """Samples ``(*sample_shape, B, D)`` at conditions (B, ...), without gradients.
 
         Raises:
             NotConvergedError: the inverse of some sample did not converge.
@@ -84,7 +84,7 @@ class MintEstimator(ConditionalDensityEstimator):
     def sample_and_log_prob(
         self, sample_shape: torch.Size, condition: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Samples (*sample_shape, B, D), and their log-densities (*sample_shape, B)."""
+        """Samples ``(*sample_shape, B, D)``, and their log-densities ``(*sample_shape, B)``."""
         self._check_condition_shape(condition)
         shape = (*sample_shape, len(condition))
         embedded = self._embedding_net(condition)

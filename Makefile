@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?= digits
 OUT ?= out/demo
 
-.PHONY: demo test test-ptx test-adapters test-all lint bench clean
+.PHONY: demo test test-ptx test-adapters test-all lint docs bench clean
 
 demo: .venv/ready ## train on real digits, verify, sample, invert, draw
 	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
@@ -19,7 +19,7 @@ test-adapters: .venv/ready ## inside the other flow libraries, none of which may
 	$(BIN)/python -c "import FrEIA, huggingface_hub, nflows, normflows, onnxscript, pyro, sbi, torchflows, zuko"
 	$(BIN)/python -m pytest tests/adapters tests/test_export.py
 
-test-all: .venv/ready ## every case and every GPU, with the oldest Triton, too: hours without a GPU
+test-all: docs ## every case and every GPU, with the oldest Triton, too: hours without a GPU
 	$(BIN)/python -m pytest -n auto --dist worksteal --full
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
 		--target .venv/triton-oldest triton==3.6.0
@@ -29,6 +29,9 @@ lint: .venv/ready ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/ready-docs ## the pages and the API as a site, in out/docs; a warning is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env docs out/docs
 
 bench: .venv/ready ## how fast, against whom, how near the limit: tables and pictures
 	$(BIN)/python -m bench run
@@ -40,4 +43,9 @@ clean:
 	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+.venv/ready-docs: .venv/ready docs/requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt \
+		-r docs/requirements.txt
 	touch $@

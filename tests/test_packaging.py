@@ -80,7 +80,9 @@ def test_wheel_holds_the_package_alone(built: Path) -> None:
         names = archive.namelist()
     for needed in ("kernels/reference.py", "presets/mnist.toml", "py.typed", "recipes/demo.py"):
         assert f"mintnet_triton/{needed}" in names
-    assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+    assert not any(
+        name.startswith(("kernels/", "tests/", "bench/", "docs/", "examples/")) for name in names
+    )
 
 
 def test_sdist_holds_real_kernels(built: Path) -> None:

@@ -1,0 +1,1 @@
+"""The documentation's pages, and what makes pictures and the site of them."""

@@ -9,7 +9,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,15 +117,33 @@ def _flat_context(model: nn.Module, context: Tensor, batch: torch.Size) -> Tenso
 
     Leading dimensions of the batch that it lacks are those of samples drawn for each context.
     """
+    if not isinstance(context, Tensor):
+        raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
     inner = check_model(model)
     (_, *size), _ = event_shapes(model)
-    channels = getattr(inner, "context", None)
-    own = (channels, *size) if context.shape[-len(size) - 1 :] == (channels, *size) else (channels,)
-    leading = context.shape[: context.ndim - len(own)]
-    try:
-        expanded = context.expand(*batch, *context.shape[len(leading) :])
-    except RuntimeError as error:
+    channels = cast(int, inner.context)
+    vector, map_ = torch.Size([channels]), torch.Size([channels, *size])
+    ends = [own for own in (vector, map_) if context.shape[-len(own) :] == own] or [vector]
+    leading = {own: context.shape[: max(0, context.ndim - len(own))] for own in ends}
+    fitting = [own for own in ends if _broadcasts(leading[own], batch)]
+    if not fitting:
         raise ValueError(
             f"context must be one for each of a batch of {tuple(batch)}, got {tuple(context.shape)}"
-        ) from error
-    return expanded.reshape(prod(batch), *context.shape[len(leading) :])
+        )
+    # Of as many vectors as there are channels, one may look like a map: then none is left out.
+    chosen = [own for own in fitting if leading[own] == batch] or fitting
+    if len(chosen) > 1:
+        raise ValueError(
+            f"context of shape {tuple(context.shape)} may be vectors {tuple(vector)} or maps "
+            f"{tuple(map_)} for a "
+            f"batch of {tuple(batch)}: expand it to one for each of the batch"
+        )
+    own_shape = context.shape[len(leading[chosen[0]]) :]
+    return context.expand(*batch, *own_shape).reshape(prod(batch), *own_shape)
+
+
+def _broadcasts(leading: torch.Size, batch: torch.Size) -> bool:
+    try:
+        return bool(torch.broadcast_shapes(leading, batch) == batch)
+    except RuntimeError:
+        return False

@@ -17,7 +17,7 @@ class MintTransform(Transform):
     The base has the event shape of the latents, e.g. ``Independent(Normal(zeros, ones), 3)`` with
     zeros of ``flow.latent_shape``. Batches have any shape. A log-determinant takes a forward pass;
     with ``cache_size=1``, that of the last call of this transform or of its inverse takes none,
-    until a parameter changes.
+    until a parameter or the context changes.
 
     Args:
         model: a layer or a network; the optimiser gets its parameters.
@@ -82,8 +82,12 @@ class MintTransform(Transform):
     def _state(self) -> tuple[Any, ...]:
         """What tells whether a result would be the same, with the same graph behind it."""
         model = getattr(self, "model", None)
-        tensors = () if model is None else (*model.parameters(), *model.buffers())
-        return torch.is_grad_enabled(), *((id(one), one._version) for one in tensors)
+        tensors = [] if model is None else [*model.parameters(), *model.buffers()]
+        if model is not None and self.context is not None:
+            tensors.append(self.context)
+        # Tensors made in inference mode count no changes: no state of them is like another.
+        versions = (object() if one.is_inference() else one._version for one in tensors)
+        return torch.is_grad_enabled(), *zip(map(id, tensors), versions, strict=True)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dy/dx| (...), at a latent x and its y among the data, as torch calls them."""

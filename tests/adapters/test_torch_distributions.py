@@ -22,6 +22,7 @@ from tests.adapters.flows import (
     make_conditional_flow,
     make_flow,
     make_layer,
+    moved,
     samples,
 )
 
@@ -212,6 +213,43 @@ def test_contexts_broadcast_to_batches(map_: bool) -> None:
     assert drawn.shape == (2, 4, *SHAPE)
     wanted = flow.log_prob(drawn[1].detach(), context)
     torch.testing.assert_close(distribution.log_prob(drawn.detach())[1], wanted)
+
+
+def test_nothing_cached_outlives_a_context() -> None:
+    flow, context, x = make_conditional_flow(), samples(shape=(3,)), samples(4)
+    transform = MintTransform(flow, 1, context=context)
+    z = transform.inv(x)
+    context.add_(1)
+    expected, log_det = flow(x, context.expand(4, 3))
+    torch.testing.assert_close(transform.log_abs_det_jacobian(z, x), -log_det)
+    torch.testing.assert_close(transform.inv(x), expected)
+    with torch.inference_mode():  # whose tensors count no changes
+        transform.context = context.clone()
+        z = transform.inv(x)
+        torch.testing.assert_close(z, expected)
+        transform.context.sub_(1)
+        expected, log_det = flow(x, context.expand(4, 3) - 1)
+        torch.testing.assert_close(transform.log_abs_det_jacobian(z, x), -log_det)
+        torch.testing.assert_close(transform.inv(x), expected)
+
+
+def test_vectors_that_look_like_a_map() -> None:
+    """Four contexts of four channels, for a series of four."""
+    flow = mint.MintNet(1, (4,), pairs=1, hidden=2, squeezes=0, context=4)
+    flow = moved(flow).double()
+    context = samples(4, shape=(4,))
+    transform = MintTransform(flow, context=context)
+    x = samples(4, shape=(1, 4))
+    torch.testing.assert_close(transform.inv(x), flow(x, context)[0])
+    as_map = flow(x[:3], context.expand(3, 4, 4))[0]
+    torch.testing.assert_close(transform.inv(x[:3]), as_map)
+    several = samples(2, 4, shape=(1, 4))
+    with pytest.raises(ValueError, match=r"\(4, 4\) may be vectors \(4,\) or maps \(4, 4\) for"):
+        transform.inv(several)
+    whole = MintTransform(flow, context=context.expand(2, 4, 4)).inv(several)
+    torch.testing.assert_close(whole[1], flow(several[1], context)[0])
+    with pytest.raises(TypeError, match=r"context must be a torch\.Tensor, got list"):
+        MintTransform(flow, context=[1.0] * 4).inv(x)  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_is_refused() -> None:

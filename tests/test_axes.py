@@ -527,6 +527,11 @@ def test_contexts_of_flows(size: tuple[int, ...]) -> None:
         torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-4, atol=1e-4)
     assert flow.sample(4, context=torch.randn(3)).shape == (4, 1, *size)
     assert flow.sample(4, context=torch.randn(1, 3, *size)).shape == (4, 1, *size)
+    half = flow.bfloat16()  # whose maps are averaged, too
+    z, _ = half(x.bfloat16(), context.bfloat16())
+    again, _ = half.inverse(z, context=context.bfloat16())
+    torch.testing.assert_close(again, x, rtol=0.1, atol=0.2)
+    flow.float()
     with pytest.raises(ValueError, match=r"context must have shape \(batch, 3\) or \(batch, 3, "):
         flow(x, torch.randn(2, 3, *size, 2))
 

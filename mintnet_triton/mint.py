@@ -342,9 +342,15 @@ class MintLayer(TriangularMap):
                 raise TypeError(f"{name} of a MintLayer is {tensor.dtype}, weight1 {weight1.dtype}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        def convert(tensor: Tensor) -> Tensor:
+            if tensor.ndim != 4 or len(self.size) != 3:
+                return fn(tensor)
+            # The t of volumes is no image, as torch would have it where layouts are changed.
+            return fn(tensor[None])[0]
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         for frozen in self._blocks:
-            weights = MintWeights(*(fn(weight) for weight in frozen.weights))
+            weights = MintWeights(*(convert(weight) for weight in frozen.weights))
             frozen.replace(weights._replace(t=weights.t.to(log_det_dtype(weights.t))))
         return self
 

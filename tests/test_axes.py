@@ -384,6 +384,13 @@ def test_what_torch_s_own_modules_bear(size: tuple[int, ...], dtype: torch.dtype
         layouts[1] = layouts[1].transpose(1, -1)  # channels last, whatever the axes
         if len(size) == 3:
             layouts.append(x.contiguous(memory_format=torch.channels_last_3d))
+            moved = copy.deepcopy(layer).to(  # type: ignore[call-overload]
+                memory_format=torch.channels_last_3d
+            )
+            assert moved.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+            assert moved.t.shape == layer.t.shape
+            torch.testing.assert_close(moved(x), expected)
+            torch.testing.assert_close(moved.inverse(expected[0])[0], x, rtol=1e-4, atol=1e-5)
         for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             for one in layouts:
                 for computed, value in zip(other(one), expected, strict=True):

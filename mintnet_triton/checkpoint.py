@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mintnet_triton.classifier import MintClassifier
+from mintnet_triton.context import check_maker
 from mintnet_triton.flow import MintNet, squeeze_positions
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintLayer
@@ -191,11 +192,13 @@ def load(
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
+        TypeError: context_network is no function that makes networks, but one itself.
         CheckpointError: the file is damaged or not ours, or context_network is missing, superfluous
             or does not make networks of the tensors in the file.
     """
     from safetensors import SafetensorError, safe_open
 
+    check_maker(context_network)
     path = Path(os.fsdecode(path))
     if path.is_dir():
         raise IsADirectoryError(f"path must be that of a file, got the folder {path}")

@@ -322,6 +322,8 @@ def test_context_networks_that_do_not_fit(tmp_path: Path) -> None:
         mint.load(path)
     with pytest.raises(mint.CheckpointError, match="Missing key"):
         mint.load(path, context_network=lambda outputs: nn.Linear(3, outputs))
+    with pytest.raises(TypeError, match="context_network must be a function of the number"):
+        mint.load(path, context_network=nn.Linear(3, 4))
     mint.save(conditional_flow(), path)
     with pytest.raises(mint.CheckpointError, match="made without a context_network"):
         mint.load(path, context_network=Fourier)

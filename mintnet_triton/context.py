@@ -120,6 +120,11 @@ def check_context(
     is_map = isinstance(context, Tensor) and context.ndim == rank
     if isinstance(context, Tensor) and context.ndim not in (2, rank):
         raise ValueError(f"context must have shape {wanted}, got {tuple(context.shape)}")
+    if isinstance(context, Tensor) and not context.is_floating_point():
+        raise TypeError(
+            f"context must be of a floating dtype, got {context.dtype}; labels as "
+            "torch.nn.functional.one_hot(labels, channels).to(dtype)"
+        )
     check_tensor("context", context, (taker.context, *(size if is_map else ())), like)
     if context.shape[0] != x.shape[0]:
         raise ValueError(
@@ -132,7 +137,7 @@ def rows_of_context(context: Tensor | None, n: int, axes: int) -> Tensor | None:
 
     Others are left as they are, to be checked; along one axis (c, L) are c rows, and no map.
     """
-    if not isinstance(context, Tensor):
+    if not isinstance(context, Tensor) or not context.ndim:
         return context
     if context.ndim == 1 or context.ndim == 1 + axes > 2:
         context = context.unsqueeze(0)

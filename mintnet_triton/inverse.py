@@ -363,7 +363,8 @@ def invert(
         trace: also return the residual of every sample after every iteration, for each layer.
         reference: the true x (B, ...): with the trace come the errors against it.
         certify: also bound the error of x, by residuals in float64 carried through the inverse's
-            Jacobian, layer by layer; costs about three forward passes.
+            Jacobian, layer by layer; costs about three forward passes. Parameters, and what context
+            networks give, are taken for exact.
         context: as ``module`` takes it, one row a sample.
 
     Raises:

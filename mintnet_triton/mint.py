@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mintnet_triton.calculus import TriangularMap
-from mintnet_triton.checks import as_kernel_sizes, as_size, check_integer, check_positive
+from mintnet_triton.checks import (
+    as_kernel_sizes,
+    as_size,
+    check_finite,
+    check_integer,
+    check_positive,
+)
 from mintnet_triton.context import ContextLinear, ContextNetwork, check_maker, make_network
 from mintnet_triton.conv import MaskedConv, MaskedConv1d, MaskedConv2d, MaskedConv3d
 from mintnet_triton.hooks import call_watched, is_watched, run_conv_hooks, run_weight_hooks
@@ -209,7 +215,9 @@ class MintLayer(TriangularMap):
         """As of any map; here its context network has been called.
 
         Raises:
-            ValueError: it gives something else than a tensor of the right shape.
+            TypeError, ValueError: it gives something else than a floating tensor of the right shape
+                and device.
+            NonFiniteError: it gives a NaN or an infinity, or an s whose exponential is infinite.
         """
         if self.context is None or context is None:
             return self
@@ -223,11 +231,25 @@ class MintLayer(TriangularMap):
                 f"context_network of a MintLayer must give a tensor of shape {shapes[0]} or "
                 f"{shapes[1]}, got {found}"
             )
+        like = first_tensor(self)
+        if not values.is_floating_point():
+            raise TypeError(
+                "context_network of a MintLayer must give a tensor of a floating dtype, got "
+                f"{values.dtype}"
+            )
+        if values.device != like.device:
+            raise ValueError(
+                f"context_network of a MintLayer gives a tensor on {values.device}, the layer's "
+                f"parameters are on {like.device}"
+            )
         if values.ndim == 2:  # the same at every pixel
             values = values.reshape(batch, outputs, *[1] * len(self.size))
         inner = self.channels * self.hidden
         shift1, shift2, shift3, s = values.split([inner, inner, self.channels, self.channels], 1)
-        scale = s.to(log_det_dtype(s)).exp().clamp(min=LEAST_SCALE)
+        scale = s.to(log_det_dtype(like)).exp().clamp(min=LEAST_SCALE)
+        if values.device.type == "cpu":  # as inputs are looked at
+            check_finite("what context_network gives", values)
+            check_finite("exp(s) of what context_network gives", scale)
         view = twin(self)
         view.context, view._condition = None, Condition(shift1, shift2, shift3, scale)
         return view

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -454,6 +454,49 @@ def test_networks_of_users_own() -> None:
     assert len(networks) == len(set(map(id, networks))) == 4
 
 
+class Changed(nn.Linear):
+    """A network whose values are changed by a function."""
+
+    def __init__(self, outputs: int, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(CONTEXT, outputs)
+        self.change = change
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.change(super().forward(context))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda values: values > 0, TypeError, "give a tensor of a floating dtype, got torch.bool"),
+        (lambda values: values + 0j, TypeError, "a floating dtype, got torch.complex64"),
+        (lambda values: values.to("meta"), ValueError, "gives a tensor on meta, the layer's"),
+        (lambda values: values / 0, mint.NonFiniteError, "what context_network gives holds"),
+        (lambda values: values + 90, mint.NonFiniteError, r"exp\(s\) of what context_network"),
+    ],
+)
+def test_values_of_networks_that_are_none(
+    change: Callable[[Tensor], Tensor], kind: type[Exception], message: str
+) -> None:
+    layer = make_layer(torch.float32, context_network=partial(Changed, change=change))
+    x, context = inputs(VECTOR, dtype=torch.float32)
+    for call in (layer, layer.transform, lambda x, given: layer.inverse(x, context=given)):
+        with pytest.raises(kind, match=message):
+            call(x, context)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_in_another_dtype_leave_that_of_the_layer(backend: str) -> None:
+    layer = make_layer(torch.float32, context_network=partial(Changed, change=torch.Tensor.double))
+    x, context = inputs(VECTOR, dtype=torch.float32)
+    with use_backend(backend):
+        y, log_det = layer(x, context)
+    assert y.dtype == log_det.dtype == torch.float32
+    layer.context_network = cast(Changed, layer.context_network)
+    layer.context_network.change = nn.Identity()
+    torch.testing.assert_close((y, log_det), layer(x, context))
+
+
 def test_a_context_of_zeros_is_none() -> None:
     layer = make_layer()
     x, context = inputs(VECTOR)
@@ -490,7 +533,8 @@ def test_contexts_that_do_not_fit() -> None:
         (context[:3], ValueError, "context has 3 samples, the input 4"),
         (context[:, :, None, None], ValueError, "dimension 2 is 1, expected 4"),
         (context.float(), TypeError, "context is torch.float32"),
-        (context.long(), TypeError, "context must be of a floating dtype"),
+        (context.long(), TypeError, r"context must be of a floating dtype.*one_hot"),
+        (context[0, 0], ValueError, r"context must have shape.*got \(\)"),
         (context.to("meta"), ValueError, "context is on meta"),
         (context / 0, mint.NonFiniteError, "context holds"),
     ]
@@ -516,6 +560,8 @@ def test_contexts_that_do_not_fit() -> None:
     ):
         with pytest.raises(TypeError, match="was made for a context"):
             bare()
+    with pytest.raises(ValueError, match=r"context must have shape.*got \(\)"):
+        flow.sample(2, context=torch.tensor(1.0).double())
     with pytest.raises(ValueError, match="context has 3 samples, the input 2"):
         flow.sample(2, context=torch.zeros(3, 3).double())
     for takes_none in (plain, mint.Squeeze(), mint.Elementwise("tanh")):

@@ -88,9 +88,10 @@ class MintEstimator(ConditionalDensityEstimator):
         self._check_condition_shape(condition)
         shape = (*sample_shape, len(condition))
         embedded = self._embedding_net(condition)
-        context = embedded.expand(*sample_shape, *embedded.shape).reshape(math.prod(shape), -1)
+        context = embedded.expand(*sample_shape, *embedded.shape)
+        context = context.reshape(math.prod(shape), embedded.shape[1])
         values, log_prob = self.net.sample_and_log_prob(len(context), context=context)
-        samples = values.reshape(*shape, -1) * self.std + self.mean
+        samples = values.reshape(*shape, len(self.mean)) * self.std + self.mean
         return samples, (log_prob - self.std.log().sum()).view(shape)
 
 

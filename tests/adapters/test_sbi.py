@@ -85,6 +85,7 @@ def test_shapes_broadcast_as_in_sbi() -> None:
     one = estimator.log_prob(theta[:, None], x[:1])
     torch.testing.assert_close(one[:, 0], estimator.log_prob(theta, x[:1].expand(20, 3))[0])
     assert estimator.sample((), x).shape == (20, 2)
+    assert estimator.sample((0,), x).shape == (0, 20, 2)
     with pytest.raises(RuntimeError, match="broadcastable"):
         estimator.log_prob(theta, x[:3])
     with pytest.raises(ValueError, match="expected input dimensionality"):

@@ -39,6 +39,14 @@ class Means(nn.Module):
         return x - mean[:, None, None, None], torch.zeros(len(x))
 
 
+class Sharp(Means):
+    """Of a density that is infinite for the first class."""
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        z, _ = super().forward(x, context)
+        return z, torch.where(context[:, 0] > 0, torch.inf, 0.0)
+
+
 def split_of(*values: int) -> ImageSet:
     """Images of one value each, labelled by their place."""
     images = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
@@ -82,6 +90,9 @@ def test_bayes_rule() -> None:
     assert swapped["accuracy"] == pytest.approx(2 / 8)
     never = classify_by_density(Means((float("nan"), 0.0, 2.0)), split, OBJECTIVE)
     assert never["accuracy"] == pytest.approx(4 / 8)
+    assert classify_by_density(Sharp(), split, OBJECTIVE)["accuracy"] == pytest.approx(4 / 8)
+    none = classify_by_density(Means((float("nan"),) * 3), split, OBJECTIVE)
+    assert none["accuracy"] == 0
     with pytest.raises(ValueError, match="one for all classes"):
         classify_by_density(Means(), split, Density(17, 0.01))
 

@@ -1,6 +1,7 @@
 """The Hugging Face hub: networks pushed, and loaded by name."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -70,7 +71,8 @@ class HubModel(
     ``HubModel.from_pretrained("user/name").model``, or of a folder, in evaluation mode. The weights
     are the file that :func:`mintnet_triton.save` writes; ``config.json`` beside it repeats the
     class and its arguments for readers of the hub. ``model_card_kwargs`` fill the card: title,
-    description, results, repo_id; and all that ``ModelCardData`` knows not.
+    description, results, repo_id; and all that ``ModelCardData`` knows not. Networks of a context
+    that are your own come back by ``from_pretrained(..., context_network=...)``, as by ``load``.
 
     Args:
         model: a :class:`MintNet` or a :class:`MintClassifier`.
@@ -100,11 +102,15 @@ class HubModel(
         )
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **download: Any) -> Self:
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu",
+        context_network: Callable[[int], nn.Module] | None = None, **download: Any,
+    ) -> Self:  # fmt: skip
         file = Path(model_id) / constants.SAFETENSORS_SINGLE_FILE
         if not Path(model_id).is_dir():
             file = Path(hf_hub_download(model_id, constants.SAFETENSORS_SINGLE_FILE, **download))
-        return cls(load(file)).to(map_location).eval()
+        model = load(file, context_network=context_network)
+        return cls(model).to(map_location).eval()
 
     def generate_model_card(self, *arguments: Any, **filled: Any) -> Any:
         """The card, of the template :data:`CARD`."""

@@ -156,7 +156,8 @@ def classify_by_density(
 
     Returns:
         ``images``; ``accuracy``, the share whose label is the likeliest class; its
-        ``standard_error``. A class whose density is not finite is not chosen.
+        ``standard_error``. A class whose density is not finite is not chosen, and an image without
+        another one is not right.
 
     Raises:
         ValueError: the objective has no classes, the split is empty, or draws is below 1.
@@ -170,8 +171,10 @@ def classify_by_density(
     labels = [batch for _, batch, _ in evaluation_batches(split, batch_size)]
     bits = torch.stack([evaluation.metric for evaluation in as_if])
     nats = bits * (math.log(2) * as_if[0].dimensions)
-    log_density = torch.logsumexp(-nats, 1).nan_to_num(nan=-math.inf)
-    right = (log_density.argmax(0) == torch.cat(labels)).double()
+    log_density = torch.logsumexp(-nats, 1)
+    finite = log_density.isfinite()
+    likeliest = log_density.where(finite, -math.inf).argmax(0)
+    right = ((likeliest == torch.cat(labels)) & finite.any(0)).double()
     return {
         "images": len(right),
         "accuracy": float(right.mean()),

@@ -59,6 +59,17 @@ def test_a_conditional_flow_in_a_folder(tmp_path: Path) -> None:
     assert "| context | 3 |" in (tmp_path / "README.md").read_text()
 
 
+def test_networks_of_ones_own_come_back(tmp_path: Path) -> None:
+    def network(outputs: int) -> nn.Module:
+        return nn.Linear(3, outputs)
+
+    flow = mint.MintNet(1, 8, pairs=2, hidden=4, squeezes=1, context=3, context_network=network)
+    x, context = torch.randn(2, 1, 8, 8), torch.randn(2, 3)
+    HubModel(flow).save_pretrained(tmp_path)
+    again = HubModel.from_pretrained(tmp_path, context_network=network)
+    torch.testing.assert_close(again(x, context), flow(x, context), rtol=0, atol=0)
+
+
 def test_a_classifier_in_a_folder(tmp_path: Path) -> None:
     model, x = classifier(), torch.randn(3, 2, 4, 2)
     HubModel(model).save_pretrained(tmp_path)

@@ -619,8 +619,9 @@ def test_a_suite_goes_on_whatever_its_tests_do(
     out = tmp_path / "results"
     results = suite.run(steps, 1, out, math.inf, tmp_path)
     for name, found in results.items():
-        assert json.loads((out / f"{name}.json").read_text()) == found
-        del found["seconds"]
+        written = json.loads((out / f"{name}.json").read_text())
+        assert written.pop("seconds") <= found.pop("seconds")
+        assert written == found
     test = "test_trouble.py::test_"
     assert results == {
         "hangs": {"collected": 1, "hung": 1, "wrong": [f"{test}hang"]},

@@ -93,7 +93,9 @@ class FrozenWeights:
                     if one is not None:
                         one.record_stream(stream)
             return packed
-        packed = triton_layer.packed(as_weights(self.weights), dtype, precision, structure)
+        packed = triton_layer.packed(
+            of_images(as_weights(self.weights)), dtype, precision, structure
+        )
         if not in_graph:
             ready = torch.cuda.current_stream(t.device).record_event() if t.is_cuda else None
             self._packed[key] = packed, ready
@@ -111,8 +113,7 @@ class FrozenWeights:
 
 def as_weights(weights: MintWeights | Weights) -> Weights:
     """What the Triton kernels take, which find the centres by themselves."""
-    weights = weights if isinstance(weights, Weights) else Weights(*weights[:6], weights.t)
-    return of_images(weights)
+    return weights if isinstance(weights, Weights) else Weights(*weights[:6], weights.t)
 
 
 def _in_float32(weights: MintWeights | FrozenWeights) -> MintWeights | FrozenWeights:
@@ -219,7 +220,8 @@ def mint_forward(
             packed = weights.packed(dtype, precision_of(dtype), structure)
             owned = as_weights(weights.weights)
             return triton_layer.packed_forward(x, packed, owned, structure, condition)
-        return triton_layer.mint_forward(x, as_weights(weights), structure, recompute, condition)
+        owned = of_images(as_weights(weights))
+        return triton_layer.mint_forward(x, owned, structure, recompute, condition)
     assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):

@@ -178,7 +178,7 @@ class MintNet(Chain):
         return self.latent_shape
 
     @property
-    def context(self) -> int | None:  # type: ignore[override]
+    def context(self) -> int | None:  # type: ignore[override]  # what it was made for
         return self.arguments.get("context")
 
     def steps(self) -> Iterable[tuple[str, Invertible]]:

@@ -370,7 +370,7 @@ class MintLayer(TriangularMap):
             # The t of volumes is no image, as torch would have it where layouts are changed.
             return fn(tensor[None])[0]
 
-        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]  # as torch leaves it
         for frozen in self._blocks:
             weights = MintWeights(*(convert(weight) for weight in frozen.weights))
             frozen.replace(weights._replace(t=weights.t.to(log_det_dtype(weights.t))))

@@ -106,7 +106,7 @@ class MintTransform(Transform):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is cached, which may be part of a graph."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's
         return state | {"_last": (None,) * 4, "_pair": ((None, None), ())}
 
 

@@ -41,7 +41,8 @@ from mintnet_triton.recipes.evaluation import evaluate
 from mintnet_triton.recipes.objectives import make_objective
 from mintnet_triton.recipes.recipe import Experiment, read_experiment
 from mintnet_triton.recipes.runs import RunFolder, write_atomically
-from mintnet_triton.recipes.training import DivergedError, TrainingState, train
+from mintnet_triton.recipes.state import TrainingState
+from mintnet_triton.recipes.training import DivergedError, train
 
 MINT = "mint"
 RESNET = "resnet"

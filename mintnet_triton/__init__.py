@@ -26,7 +26,8 @@ from mintnet_triton.conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from mintnet_triton.flow import MintNet
 from mintnet_triton.hooks import HookError
 from mintnet_triton.images import ImagePreprocess, bits_per_dim
-from mintnet_triton.inverse import InversionResult, Invertible, NotConvergedError, invert
+from mintnet_triton.inverse import InversionResult, NotConvergedError, invert
+from mintnet_triton.invertible import Invertible
 from mintnet_triton.kernels import Activation, BackendError, use_backend
 from mintnet_triton.mint import MintLayer, MintPair, Squeeze, frozen
 from mintnet_triton.ordering import Ordering, OrderingError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mintnet_triton.checks import check_odd, is_traced
 from mintnet_triton.hooks import HookError, has_idle_hooks, run_weight_hooks
-from mintnet_triton.inverse import Shape, Stage
+from mintnet_triton.invertible import Shape, Stage
 from mintnet_triton.kernels import Activation, Wave, convolve, find_activation
 from mintnet_triton.ordering import Ordering, common_ordering
 from mintnet_triton.solvers import (

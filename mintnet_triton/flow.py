@@ -16,7 +16,7 @@ from mintnet_triton.checks import (
     check_positive,
 )
 from mintnet_triton.context import rows_of_context
-from mintnet_triton.inverse import Chain, Invertible, Shape
+from mintnet_triton.invertible import Chain, Invertible, Shape
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintPair, Squeeze, first_tensor
 from mintnet_triton.ordering import Order

@@ -1,269 +1,29 @@
-"""What is invertible, how it is inverted, and what is known of the result.
+"""Inverting a map, stage by stage, and what is known of the result."""
 
-A :class:`Stage` is solved as a whole by one of the :mod:`.solvers`; a :class:`Chain` (a pair, a
-network) is not triangular and is inverted stage by stage, from the last to the first.
-"""
-
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mintnet_triton.certificate import ErrorBound
-from mintnet_triton.checks import NonFiniteError, check_finite, check_tensor
-from mintnet_triton.context import check_context
+from mintnet_triton.checks import check_finite
 from mintnet_triton.implicit import differentiable_solution
-from mintnet_triton.kernels import full_float32, is_exported, is_transformed
-from mintnet_triton.solvers import (
-    Auto,
-    Evaluator,
-    LinearSolver,
-    Solution,
-    Solver,
-    log_det_dtype,
-    relative_residual,
-    rounded,
+from mintnet_triton.invertible import (
+    Invertible,
+    Reshaping,
+    Shape,
+    Stage,
+    as_invertible,
+    given_stages,
 )
-from mintnet_triton.views import tensors_of, twin, view_of
+from mintnet_triton.kernels import full_float32, is_exported, is_transformed
+from mintnet_triton.solvers import Auto, Solution, Solver, log_det_dtype, rounded
+from mintnet_triton.views import in_dtype
 
-Shape = tuple[int | None, ...]
 CPU = torch.device("cpu")
-#: where torch's modules around another keep it
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
-
-
-class Invertible(nn.Module):
-    """A map x -> (y, log_det) over batches, with an inverse y -> (x, log_det).
-
-    ``log_det`` is log|det| of the Jacobian per sample, shape (B,): float64 for float64 input, else
-    float32. ``forward`` goes from data to latent.
-
-    A map may be made for a ``context``: then it is one for each context, (B, channels) or
-    (B, channels, H, W), one row a sample, and whatever takes x takes one, too.
-    """
-
-    context: int | None = None  #: channels of the context; None where none is taken
-    _context: Tensor | None = None  # of what :meth:`given` returns
-
-    @property
-    def input_shape(self) -> Shape | None:
-        """Sizes of an input after the batch dimension; None where any will do."""
-        return None
-
-    @property
-    def output_shape(self) -> Shape | None:
-        """Sizes of an output after the batch dimension; None where any will do."""
-        return self.input_shape
-
-    def check(self, name: str, x: Tensor, shape: Shape | None, *, widened: bool = False) -> None:
-        """Raise a typed error unless ``x`` is a finite tensor of this shape, dtype and device.
-
-        Args:
-            widened: whether x is float32 where the parameters are of lower precision.
-        """
-        if isinstance(x, Tensor) and shape is None:
-            if x.ndim < 2:
-                raise ValueError(f"{name} must have shape (batch, ...), got {tuple(x.shape)}")
-            shape = (None,) * (x.ndim - 1)
-        like = self._like()
-        if widened and like is not None:
-            like = like.new_empty(0, dtype=log_det_dtype(like))
-        check_tensor(name, x, shape or (), like)
-
-    def _like(self) -> Tensor | None:
-        """A parameter, whose dtype and device are those of inputs."""
-        return next((one for one in self.parameters() if one.is_floating_point()), None)
-
-    def check_context(self, context: Tensor | None, x: Tensor) -> None:
-        """Raise a typed error unless there is a context if one is taken, and it fits x."""
-        size = (self.input_shape or (None, None, None))[1:]
-        check_context(self, context, x, size, self._like())
-
-    def given(self, context: Tensor | None) -> Self:
-        """The map for a context that has been checked, or itself if it takes none.
-
-        It is to be computed at once, or solved: it shares everything else.
-        """
-        if self.context is None or context is None:
-            return self
-        view = twin(self)
-        view._context = context
-        return view
-
-    def context_after(self, context: Tensor | None) -> Tensor | None:
-        """The context of a map that follows this one."""
-        return context
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map x to y.
-
-        Args:
-            x: (B, ...).
-            context: (B, channels) or (B, channels, H, W), H and W as those of x, in the dtype of
-                the parameters, where the map was made for one.
-
-        Returns:
-            y, and log|det dy/dx| of shape (B,).
-
-        Raises:
-            TypeError, ValueError: x or context is not a finite tensor of the right shape, dtype and
-                device, or context is missing or superfluous.
-        """
-        self.check("x", x, self.input_shape)
-        self.check_context(context, x)
-        return self.given(context)._forward(x)
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def stages(self) -> Iterator[tuple[str, "Stage"]]:
-        """The named stages from data to latent; a stage is its own only one, with no name."""
-        raise NotImplementedError
-
-    def inverse(
-        self, y: Tensor, solver: Solver | None = None, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Map y back to x; ``Auto()`` is the default solver.
-
-        Differentiable by y, the context and the parameters, by the implicit function theorem:
-        memory does not grow with iterations. Under ``torch.func``, ``vmap`` alone is refused.
-
-        Returns:
-            x, and log|det dx/dy| of shape (B,).
-
-        Raises:
-            NotConvergedError: some sample did not converge; it carries the ``result``.
-            TypeError, ValueError: y or context is not a finite tensor of the right shape, dtype and
-                device, or context is missing or superfluous.
-        """
-        result = _invert(self, y, solver, context)
-        result.raise_if_not_converged()
-        return result.x, result.log_det
-
-
-class Stage(Invertible):
-    """An invertible map that is inverted in one go."""
-
-    def stages(self) -> Iterator[tuple[str, "Stage"]]:
-        yield "", self
-
-    def evaluator(self) -> Evaluator:
-        """x -> (y, diagonal), with all that depends on the parameters alone computed once."""
-        raise NotImplementedError
-
-    def solve(
-        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
-    ) -> Solution:
-        """Find x with f(x) = z."""
-        raise NotImplementedError
-
-    def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
-        """``max |f(x) - z| / max(1, max |z|)`` (B,), computed in float64 where weights allow it."""
-        return relative_residual(self.evaluator()(x)[0], z)
-
-    def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
-        """right -> v with ``J v = right``, or ``J^T v = right``, for the Jacobian J at x (B, ...).
-
-        ``right`` may have several times as many samples, x being repeated for them.
-        """
-        raise NotImplementedError
-
-    def magnitude(self, x: Tensor) -> Tensor:
-        """What rounding in f(x) is relative to, shaped like x: the sum of absolute values."""
-        raise NotImplementedError
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that the map depends on but x, by name, with gradients; computed once."""
-        return tensors_of(self)
-
-    def view(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same map with these for what :meth:`tensors` gave, to be evaluated or solved."""
-        return view_of(self, tensors)
-
-    def of_samples(self, chosen: Tensor) -> Self:
-        """The map for some samples of a batch, a mask or indices: itself, if it is one for all."""
-        return self
-
-    def in_dtype(self, dtype: torch.dtype) -> Self:
-        """A view in that dtype, without gradients."""
-        return self.view(_in_dtype(self.tensors(), dtype, detached=True))
-
-
-class Reshaping(Stage):
-    """A stage that only moves values: its inverse is exact and its log-det 0."""
-
-
-class Chain(Invertible):
-    """Invertible maps one after the other."""
-
-    def steps(self) -> Iterable[tuple[str, Invertible]]:
-        """The named maps, first one first."""
-        raise NotImplementedError
-
-    def stages(self) -> Iterator[tuple[str, Stage]]:
-        for name, step in self.steps():
-            step = as_invertible(name, step)
-            for inner, stage in step.stages():
-                yield (f"{name}.{inner}" if inner else name), stage
-
-    @property
-    def context(self) -> int | None:  # type: ignore[override]  # that of its steps
-        inner = (as_invertible(name, step).context for name, step in self.steps())
-        found = {one for one in inner if one is not None}
-        if len(found) > 1:
-            raise ValueError(f"the maps of one network take contexts of {sorted(found)} channels")
-        return next(iter(found), None)
-
-    def context_after(self, context: Tensor | None) -> Tensor | None:
-        for name, step in self.steps():
-            context = as_invertible(name, step).context_after(context)
-        return context
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = x.new_zeros(x.shape[0], dtype=log_det_dtype(x))
-        context = self._context
-        for name, step in self.steps():
-            own: tuple[Tensor, ...] = ()
-            if context is not None:
-                inner = as_invertible(name, step)
-                own = () if inner.context is None else (context,)
-                context = inner.context_after(context)
-            try:
-                x, step_log_det = step(x, *own)
-            except NonFiniteError as error:
-                # Its own input has passed the check: the fault is in here.
-                raise NonFiniteError(f"inside the network, entering {name!r}: {error}") from error
-            log_det = log_det + step_log_det
-        return x, log_det
-
-
-def given_stages(module: Invertible, context: Tensor | None) -> Iterator[tuple[str, Stage]]:
-    """The named stages of a map, each for the context as it gets there."""
-    for name, stage in module.stages():
-        yield name, stage.given(context)
-        context = stage.context_after(context)
-
-
-def as_invertible(name: str, module: nn.Module) -> Invertible:
-    """The invertible map itself, around which torch may have put a module of its own.
-
-    To compile it, to checkpoint it, or to train it in many processes or as an average.
-
-    Raises:
-        TypeError: it is none.
-    """
-    inner: nn.Module | None = module
-    while not isinstance(inner, Invertible):
-        wrapped = (getattr(inner, one, None) for one in WRAPPED)
-        inner = next((one for one in wrapped if isinstance(one, nn.Module)), None)
-        if inner is None:
-            raise TypeError(f"{name} must be an Invertible, got {type(module).__name__}")
-    return inner
 
 
 @dataclass(frozen=True, repr=False)
@@ -372,14 +132,14 @@ def invert(
             dtype and device, module or solver is of another kind, a reference came without
             ``trace``, or context is missing or superfluous.
     """
-    result: InversionResult = _invert(
+    result: InversionResult = invert_with_gradients(
         module, z, solver, context, trace=trace, reference=reference, certify=certify
     )
     return result
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # its steps depend on values
-def _invert(
+def invert_with_gradients(
     module: Invertible,
     z: Tensor,
     solver: Solver | None,
@@ -389,6 +149,7 @@ def _invert(
     reference: Tensor | None = None,
     certify: bool = False,
 ) -> InversionResult:
+    """What :func:`invert` does, differentiable wherever gradients are on."""
     module = as_invertible("module", module)
     solver = Auto() if solver is None else solver
     if not isinstance(solver, Solver):
@@ -423,9 +184,7 @@ def _solve_stages(
     dtype = solver.dtype_for(z)
     differentiable = torch.is_grad_enabled() or is_transformed()
     stages = list(given_stages(module, context))
-    tensors = [
-        _in_dtype(stage.tensors(), dtype, detached=not differentiable) for _, stage in stages
-    ]
+    tensors = [in_dtype(stage.tensors(), dtype, detached=not differentiable) for _, stage in stages]
     references = _references(stages, tensors, reference, dtype)
     left = sum(not isinstance(stage, Reshaping) for _, stage in stages)
     x = z.to(dtype)
@@ -455,7 +214,7 @@ def _solve_stages(
             solution = solve(stage.view(weights), target)
             x, step_log_det = solution.x, solution.log_det
         if bound is not None:
-            exact = stage.view(_in_dtype(weights, torch.float64, detached=True))
+            exact = stage.view(in_dtype(weights, torch.float64, detached=True))
             bound.through(exact, solution.x, target)
         log_det = log_det + step_log_det
         solved.insert(0, (name or type(stage).__name__, solution))
@@ -548,18 +307,6 @@ def _collect(
         trace=[trace.to(x.dtype) for trace in traces] or None,
         error_trace=[trace.to(x.dtype) for trace in errors] or None,
     )
-
-
-def _in_dtype(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, *, detached: bool
-) -> dict[str, Tensor]:
-    """Floating tensors in that dtype, or their own if that is wider."""
-
-    def cast(one: Tensor) -> Tensor:
-        one = one.detach() if detached and one.requires_grad else one
-        return one.to(torch.promote_types(one.dtype, dtype)) if one.is_floating_point() else one
-
-    return {name: cast(one) for name, one in tensors.items()}
 
 
 def _prepare(module: Invertible, name: str, x: Tensor, shape: Shape | None) -> Tensor:

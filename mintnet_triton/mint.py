@@ -20,7 +20,7 @@ from mintnet_triton.checks import (
 from mintnet_triton.context import ContextLinear, ContextNetwork, check_maker, make_network
 from mintnet_triton.conv import MaskedConv, MaskedConv1d, MaskedConv2d, MaskedConv3d
 from mintnet_triton.hooks import call_watched, is_watched, run_conv_hooks, run_weight_hooks
-from mintnet_triton.inverse import Chain, Invertible, Reshaping, Shape
+from mintnet_triton.invertible import Chain, Invertible, Reshaping, Shape
 from mintnet_triton.kernels import (
     Activation,
     Condition,

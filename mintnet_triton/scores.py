@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.checks import NonFiniteError, check_integer, check_number, is_traced
-from mintnet_triton.inverse import InversionResult, Invertible, invert
+from mintnet_triton.inverse import InversionResult, invert
+from mintnet_triton.invertible import Invertible
 from mintnet_triton.solvers import Solver
 
 

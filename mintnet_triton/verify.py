@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mintnet_triton.calculus import TriangularMap
-from mintnet_triton.inverse import Invertible, Stage, as_invertible, given_stages, invert
+from mintnet_triton.inverse import invert
+from mintnet_triton.invertible import Invertible, Stage, as_invertible, given_stages
 from mintnet_triton.ordering import Ordering
 from mintnet_triton.solvers import max_error, relative_residual
 

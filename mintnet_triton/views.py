@@ -7,6 +7,7 @@ module carries (hooks, locks, open files) stays where it is.
 from collections.abc import Mapping
 from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -84,6 +85,18 @@ def view_of(module: AnyModule, tensors: Mapping[str, Tensor]) -> AnyModule:
         )
     view.__dict__.update(own)
     return view
+
+
+def in_dtype(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, *, detached: bool
+) -> dict[str, Tensor]:
+    """Floating tensors in that dtype, or their own if that is wider."""
+
+    def cast(one: Tensor) -> Tensor:
+        one = one.detach() if detached and one.requires_grad else one
+        return one.to(torch.promote_types(one.dtype, dtype)) if one.is_floating_point() else one
+
+    return {name: cast(one) for name, one in tensors.items()}
 
 
 def _parametrized(module: nn.Module) -> list[str]:

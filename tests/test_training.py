@@ -23,6 +23,7 @@ from mintnet_triton.recipes.data import ImageData, ImageSet
 from mintnet_triton.recipes.objectives import Classification, Density
 from mintnet_triton.recipes.recipe import Recipe, parse_change, read_experiment
 from mintnet_triton.recipes.runs import RunFolder
+from mintnet_triton.recipes.state import TrainingState
 from mintnet_triton.recipes.training import DivergedError, TrainingResult, train
 from tests import golden
 from tests.recording import Looking, Recorded, pretend
@@ -422,14 +423,14 @@ def test_a_flow_that_is_trained_too_fast_diverges(tmp_path: Path) -> None:
 def test_a_step_that_diverges_is_told_of_later_and_changes_nothing(
     how: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states: list[training.TrainingState] = []
-    start = training.TrainingState.start
+    states: list[TrainingState] = []
+    start = TrainingState.start
 
-    def started(*arguments: Any) -> training.TrainingState:
+    def started(*arguments: Any) -> TrainingState:
         states.append(start(*arguments))
         return states[-1]
 
-    monkeypatch.setattr(training.TrainingState, "start", started)
+    monkeypatch.setattr(TrainingState, "start", started)
     same: dict[str, Any] = {"schedule": "milestones", "average": 0.75, "clip": 1.0}
     good, failing = Failing("loss"), Failing(how)
     for model in (good, failing):

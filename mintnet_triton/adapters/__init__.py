@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.inverse import Invertible, as_invertible
+from mintnet_triton.invertible import Invertible, as_invertible
 from mintnet_triton.solvers import Solver
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mintnet_triton.checks import NonFiniteError, check_integer
-from mintnet_triton.inverse import Invertible, invert
+from mintnet_triton.inverse import invert
+from mintnet_triton.invertible import Invertible
 from mintnet_triton.mint import frozen
 from mintnet_triton.recipes.batches import evaluation_batches, generator
 from mintnet_triton.recipes.data import ImageData, Sample, Split

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mintnet_triton.flow import MintNet
 from mintnet_triton.images import ImagePreprocess
-from mintnet_triton.inverse import Invertible
+from mintnet_triton.invertible import Invertible
 from mintnet_triton.recipes.batches import evaluation_batches, generator
 from mintnet_triton.recipes.data import Split
 from mintnet_triton.recipes.objectives import Density

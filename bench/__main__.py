@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from bench import compare, machine, plot, report
-from bench.cases import EXTENTS
-from bench.run import errors, read, run
+from bench.contest.cases import EXTENTS
+from bench.measure import machine
+from bench.run import run
+from bench.show import compare, plot, report
+from bench.show.result import errors, read
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine
+from bench.measure import machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

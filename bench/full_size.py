@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import machine
-from bench.run import write
+from bench.measure import machine
+from bench.show.result import write
 from mintnet_triton.recipes.commands import train_preset
 from mintnet_triton.recipes.data import DataName
 from mintnet_triton.recipes.processes import leave

@@ -6,7 +6,7 @@ included, the most telling comes first, and nothing that is known is lost when i
 - tests: the steps of :data:`STEPS`, by :mod:`bench.suite`: for each of them a file of results and
   one of what was printed, in ``tests/``.
 - times: everything is compiled by many processes (``compile/``), then the tasks of
-  :mod:`bench.run` and of :mod:`bench.kernels` are measured one by one, by priority.
+  :mod:`bench.run` and of :mod:`bench.measure.kernels` are measured one by one, by priority.
 
 ``run.json`` and ``run.md`` hold what is known after every case; ``python -m bench`` compares and
 draws them as any other result. What was compiled is packed in ``compiled.tar.gz``: a later run that
@@ -31,7 +31,7 @@ from bench import suite
 from bench.suite import ROOT, Step
 
 if TYPE_CHECKING:
-    from bench.cases import Extent
+    from bench.contest.cases import Extent
     from bench.run import Task
 
 REPORT = "run.json"
@@ -132,7 +132,7 @@ def run_times(options: argparse.Namespace) -> None:
 
 def begin(options: argparse.Namespace) -> Report:
     """A report of this machine, with what another part has found here."""
-    from bench import machine
+    from bench.measure import machine
 
     before = read(options.out) if (options.out / REPORT).exists() else {}
     about = {"extent": extent(options), "dry run": options.dry_run}
@@ -141,7 +141,7 @@ def begin(options: argparse.Namespace) -> Report:
 
 
 def went_wrong(options: argparse.Namespace) -> bool:
-    from bench.run import errors
+    from bench.show.result import errors
 
     report = read(options.out)
     steps = report["tests"].values()
@@ -199,7 +199,7 @@ def compile_all(options: argparse.Namespace, until: float) -> None:
 
 def all_tasks(options: argparse.Namespace) -> "list[Task]":
     """Those of any run, and the kernels' own; the most important first."""
-    from bench import kernels
+    from bench.measure import kernels
     from bench.run import Task, tasks
 
     device = the_device(options)
@@ -292,22 +292,22 @@ def supervise(options: argparse.Namespace) -> None:
 
 
 def read(out: Path) -> Report:
-    from bench import run
+    from bench.show import result
 
-    return run.read(out / REPORT)
+    return result.read(out / REPORT)
 
 
 def write(out: Path, report: Report) -> None:
     """Write the report, and what it says."""
-    from bench import run
+    from bench.show import result
 
-    run.write(out / REPORT, report)
+    result.write(out / REPORT, report)
     (out / "run.md").write_text(render(report) + "\n", encoding="utf-8")
 
 
 def render(report: Report) -> str:
     """The report as tables in Markdown: tests, what any run has, and the kernels' own."""
-    from bench.report import render as render_run
+    from bench.show.report import render as render_run
 
     results = report["results"]
     lines = [render_run(report), "", "## Tests", ""]

@@ -1,8 +1,9 @@
 """``python -m bench.guard``: has anything become slower, as far as can be counted without a clock?
 
-Every case has exact counts (see :mod:`.counting`), which ``tests/data/counted.json`` keeps. A test
-fails if one of them has become worse, until the change is meant: ``python -m bench.guard --write``.
-If one has become better it has to be written too, so that nothing gained is lost unnoticed.
+Every case has exact counts (see :mod:`.count.counting`), which ``tests/data/counted.json`` keeps. A
+test fails if one of them has become worse, until the change is meant, and written by
+``python -m bench.guard --write``. If one has become better it has to be written too, so that
+nothing gained is lost unnoticed.
 
 What compilers make of the Triton kernels (registers, spills, shared memory, instructions) is kept
 likewise in ``tests/data/compiled.json``, by ``python -m tests.compiled --write``: ``test_compiles``
@@ -23,8 +24,8 @@ from unittest.mock import patch
 import torch
 
 import mintnet_triton as mint
-from bench.cases import CIFAR10, MNIST, Scale, make_layer
-from bench.counting import (
+from bench.contest.cases import CIFAR10, MNIST, Scale, make_layer
+from bench.count.counting import (
     Figures,
     Work,
     count_compiled,

@@ -1,28 +1,32 @@
-"""A run: everything of the table, measured one after the other, in one result file.
-
-A result has the machine, and under "results" sections of cases. Of a race: its mode, batch and
-scale, and "passes", each with the "rivals": a rival has its times in "ms", by round, with the
-"error" that it was judged by; or a "status" and the "reason" why it has none.
-"""
+"""A run: everything of the table, measured one after the other, in one result file."""
 
 import gc
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import machine, memory
-from bench.cases import BFLOAT16, FLOAT16, FLOAT32, TF32, Extent, Mode, all_cases, is_emulated
-from bench.ceilings import measure_ceilings
-from bench.models import measure_models
-from bench.race import Result, compile_kernels, measure, verdict
-from bench.rivals import UnavailableError
-from bench.sampling import measure_curves, measure_solvers
-from bench.timing import Clock
+from bench.contest.cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    TF32,
+    Extent,
+    Mode,
+    all_cases,
+    is_emulated,
+)
+from bench.contest.rivals import UnavailableError
+from bench.measure import machine, memory
+from bench.measure.ceilings import measure_ceilings
+from bench.measure.models import measure_models
+from bench.measure.race import Result, compile_kernels, measure, verdict
+from bench.measure.sampling import measure_curves, measure_solvers
+from bench.measure.timing import Clock
+from bench.show.result import write
 from mintnet_triton.kernels.backend import INTERPRETED
 
 
@@ -145,57 +149,3 @@ def add_memory(results: dict[str, Any], peaks: dict[str, Any]) -> None:
                 for rival, peak in rivals.items():
                     if "ms" in timed.get(rival, {}):
                         timed[rival]["MiB"] = peak
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Replace the file as a whole, so that it is never half written."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-class Entry(NamedTuple):
-    """A rival in one pass of a case."""
-
-    section: str
-    case: str
-    pass_: str
-    rival: str
-    found: Result
-
-    def __str__(self) -> str:
-        return f"{self.section}: {self.case}: {self.pass_}: {self.rival}"
-
-
-def entries(results: dict[str, Any]) -> Iterator[Entry]:
-    """Every rival of every race."""
-    for section, cases in results.items():
-        for name, case in cases.items():
-            for pass_, race in case.get("passes", {}).items():
-                for rival, found in race["rivals"].items():
-                    yield Entry(section, name, pass_, rival, found)
-
-
-def errors(results: dict[str, Any]) -> list[str]:
-    """What went wrong; that a rival is not to be had here, or lacks memory, is no fault."""
-    found = [
-        f"{entry}: {entry.found['status']}: {entry.found['reason']}"
-        for entry in entries(results)
-        if is_fault(entry.found)
-    ]
-    for section, cases in results.items():
-        found += [
-            f"{section}: {name}: {case['status']}: {case['reason']}"
-            for name, case in cases.items()
-            if is_fault(case)
-        ]
-    return found
-
-
-def is_fault(found: Result) -> bool:
-    return found.get("status") in ("wrong", "failed", "not converged")

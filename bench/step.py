@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 import mintnet_triton as mint
-from bench import machine
-from bench.cases import random_flow, relative_rms
-from bench.memory import ENVIRONMENT
-from bench.naive import literally
-from bench.run import write
-from bench.timing import peak_memory, ratio, spread
+from bench.contest.cases import random_flow, relative_rms
+from bench.contest.naive import literally
+from bench.measure import machine
+from bench.measure.memory import ENVIRONMENT
+from bench.measure.timing import peak_memory, ratio, spread
+from bench.show.result import write
 
 #: "recomputed" keeps no hidden layers for the backward pass
 RIVALS = ("naive", "ours", "ours, recomputed")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import Case, Pass, all_cases, is_emulated
-from bench.race import Problem, precision_of
-from bench.rivals import UnavailableError
+from bench.contest.cases import Case, Pass, all_cases, is_emulated
+from bench.contest.rivals import UnavailableError
+from bench.measure.race import Problem, precision_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,9 +1,9 @@
 """How long the kernels of a layer should take, predicted without a clock: ``python -m bench.work``.
 
-The kernels are compiled for sm_90, and what they do is counted (:mod:`.launched`). A launch takes
-as long as what it needs most of: products of the matrix unit, bytes from L2 or from memory, or
-instructions issued. The last of its waves takes as long as the others. That is a prediction, and no
-result: who has a GPU measures.
+The kernels are compiled for sm_90, and what they do is counted (:mod:`.count.launched`). A launch
+takes as long as what it needs most of: products of the matrix unit, bytes from L2 or from memory,
+or instructions issued. The last of its waves takes as long as the others. That is a prediction, and
+no result: who has a GPU measures.
 
     python -m bench.work --scale 3x85x32 --operand half    # to standard output
     python -m bench.work --out bench/results               # all of it: work.md and work.json
@@ -25,8 +25,8 @@ import torch
 import triton
 
 import mintnet_triton as mint
-from bench.cases import CIFAR10, MNIST, Scale
-from bench.launched import CORES, Cost, costs
+from bench.contest.cases import CIFAR10, MNIST, Scale
+from bench.count.launched import CORES, Cost, costs
 from mintnet_triton.kernels.gpu import inversion, mint_layer
 from mintnet_triton.kernels.reference import Structure
 

@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import mintnet_triton as mint
-from bench.cases import CIFAR10, MNIST
+from bench.contest.cases import CIFAR10, MNIST
 from mintnet_triton.kernels.canvas import padded
 from mintnet_triton.kernels.gpu import configs, inversion, masked_conv, mint_layer, wavefront
 from mintnet_triton.kernels.reference import Condition, Structure

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import relative_rms
+from bench.contest.cases import relative_rms
 from mintnet_triton.kernels.gpu import launching
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,23 +20,9 @@ import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 
 import mintnet_triton as mint
-from bench import (
-    __main__,
-    compare,
-    gpu,
-    machine,
-    memory,
-    models,
-    plot,
-    race,
-    report,
-    rivals,
-    run,
-    step,
-    suite,
-    timing,
-)
-from bench.cases import (
+from bench import __main__, gpu, run, step, suite
+from bench.contest import rivals
+from bench.contest.cases import (
     BFLOAT16,
     CIFAR10,
     FLOAT32,
@@ -47,9 +33,11 @@ from bench.cases import (
     all_cases,
     make_layer,
 )
-from bench.ceilings import flops_of
-from bench.run import read
-from bench.timing import Clock
+from bench.measure import machine, memory, models, race, timing
+from bench.measure.ceilings import flops_of
+from bench.measure.timing import Clock
+from bench.show import compare, plot, report
+from bench.show.result import entries, errors, read, write
 from mintnet_triton import MaskedConv2d, MintLayer
 from mintnet_triton.kernels import backend
 
@@ -116,10 +104,10 @@ def test_rounds_fill_the_seconds_within_bounds(seconds: float, rounds: int) -> N
     assert len(clock.race({"a": fake.work("a", 0.0999)})["a"]) == rounds
 
 
-#: what :func:`bench.timing.peak_memory` tells of 64 MiB, where a heap has kept as much from before
+#: what :func:`.timing.peak_memory` tells of 64 MiB, where a heap has kept as much from before
 PEAK = """
 import torch
-from bench.timing import peak_memory
+from bench.measure.timing import peak_memory
 
 torch.ones(31 << 20, dtype=torch.uint8)  # once freed, makes glibc keep blocks up to this size
 kept = [torch.ones(20 << 20, dtype=torch.uint8) for _ in range(16)]
@@ -166,7 +154,7 @@ def test_a_wrong_rival_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch
         assert "log_det" in found["naive"]["reason"]
         assert "ms" not in found["naive"]
         assert len(found["torch"]["ms"]) == 2
-    assert len(run.errors({"layer": {"a": result}})) == 2
+    assert len(errors({"layer": {"a": result}})) == 2
 
 
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +188,7 @@ def test_what_is_not_to_be_had_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     result = race.measure(LAYER, Clock(CPU, rounds=(2, 2), seconds=0))
     status = result["passes"]["forward"]["rivals"]["naive"]
     assert status == {"status": "unavailable", "reason": "there is no compiler"}
-    assert not run.errors({"layer": {"a": result}})
+    assert not errors({"layer": {"a": result}})
 
 
 def test_models_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +339,7 @@ def test_what_the_processor_only_emulates_is_left_out(monkeypatch: pytest.Monkey
             results.setdefault(task.section, {})[task.name] = run.measured(task, clock)
     halves = [task for task in everything if "bfloat16" in task.name]
     assert sum(map(len, results.values())) == len(halves) > 6
-    assert not run.errors(results)
+    assert not errors(results)
     missing = report.tables({"machine": {}, "results": results})["Not to be had here"]
     assert "- ceilings: bfloat16: unavailable: left out, for this processor has no" in missing
     for task in halves:
@@ -417,7 +405,7 @@ def test_compare_finds_a_slow_down() -> None:
 
 def test_compare_knows_a_slow_machine_from_slow_code() -> None:
     slow = synthetic(seed=1)
-    for entry in run.entries(slow["results"]):
+    for entry in entries(slow["results"]):
         if "ms" in entry.found:
             entry.found["ms"] = [1.5 * time for time in entry.found["ms"]]
     found = compare.compare(synthetic(), slow)
@@ -441,7 +429,7 @@ def test_command_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("other", other),
     ):  # fmt: skip
         paths[name] = tmp_path / f"{name}.json"
-        run.write(paths[name], result)
+        write(paths[name], result)
     expected = {"same": 0, "slow": 1, "other": 2}
     codes = {
         name: __main__.main(["compare", str(paths["old"]), str(paths[name])]) for name in expected
@@ -486,12 +474,12 @@ def test_run_from_end_to_end(tmp_path: Path) -> None:
         env=plain_environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    result = run.read(tmp_path / "run.json")
+    result = read(tmp_path / "run.json")
     assert result["machine"]["threads"] == 1
     assert result["results"].keys() == {
         "ceilings", "convolution", "layer", "model", "growing batch",
     }  # fmt: skip
-    for entry in run.entries(result["results"]):
+    for entry in entries(result["results"]):
         unavailable = entry.rival in ("compiled", "ours, graph")
         assert ("status" if unavailable else "ms") in entry.found, entry
         if entry.section == "growing batch":
@@ -504,7 +492,7 @@ def test_run_from_end_to_end(tmp_path: Path) -> None:
 def test_run_of_some_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "--extent", "tiny", "--sections", "ceilings", "--out", str(tmp_path)]
     assert __main__.main(command) == 0
-    assert run.read(tmp_path / "run.json")["results"].keys() == {"ceilings"}
+    assert read(tmp_path / "run.json")["results"].keys() == {"ceilings"}
     assert "matrix product" in capsys.readouterr().out
 
 
@@ -519,7 +507,7 @@ def test_dry_run_on_a_cpu_measures_every_kind_of_case(tmp_path: Path) -> None:
     assert report_["results"].keys() == {
         "ceilings", "convolution", "layer", "model", "growing batch", "kernels", "rows", "tiles",
     }  # fmt: skip
-    assert not run.errors(report_["results"])
+    assert not errors(report_["results"])
     tables = (tmp_path / "run.md").read_text()
     for title in ("Layer, forward", "Layer, inversion", "Middle convolution", "Tests", "Tiles"):
         assert f"## {title}" in tables
@@ -688,7 +676,7 @@ def test_tests_are_part_of_a_report(
     command = ["tests", "--dry-run", "--tests", "a.py -k 'b or c'", "--out", str(tmp_path)]
     assert gpu.main(command) == 0
     assert given == [([suite.Step("chosen", ["a.py", "-k", "b or c"])], 1, tmp_path / "tests")]
-    report_ = run.read(tmp_path / "run.json")
+    report_ = read(tmp_path / "run.json")
     assert report_["tests"] == {"some": found}
     assert report_["seconds"].keys() == {"tests"}
     assert "- some: collected 2, passed 2" in capsys.readouterr().out
@@ -714,7 +702,7 @@ def test_what_went_wrong_is_listed() -> None:
             "d": {"status": "failed", "reason": "it hangs"},
         }
     }
-    assert run.errors(results) == [
+    assert errors(results) == [
         "layer: b: forward: ours: wrong: y",
         "layer: d: failed: it hangs",
     ]

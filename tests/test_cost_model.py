@@ -14,11 +14,12 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench import launched, work
-from bench.cases import CIFAR10, MNIST
-from bench.issued import Loop, loops_of
-from bench.launched import CORES, Cost, held, sample
-from bench.traffic import L1, Traffic
+from bench import work
+from bench.contest.cases import CIFAR10, MNIST
+from bench.count import launched
+from bench.count.issued import Loop, loops_of
+from bench.count.launched import CORES, Cost, held, sample
+from bench.count.traffic import L1, Traffic
 from mintnet_triton.kernels.gpu import configs, launching
 from tests.ptx import kernels
 from tests.ptx.elsewhere import compiled

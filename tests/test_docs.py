@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import mintnet_triton as mint
-from bench import report, step
-from bench.run import read
+from bench import step
+from bench.show import report
+from bench.show.result import read
 from docs import draw
 from mintnet_triton.__main__ import _parser
 

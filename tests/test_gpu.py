@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import mintnet_triton as mint
-from bench.cases import CIFAR10, MNIST, Scale, make_layer, relative_rms
-from bench.race import collect
-from bench.timing import capture
+from bench.contest.cases import CIFAR10, MNIST, Scale, make_layer, relative_rms
+from bench.measure.race import collect
+from bench.measure.timing import capture
 from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.gpu import inversion, launching, mint_layer
 from mintnet_triton.kernels.gpu.canvas import TAIL

@@ -18,8 +18,9 @@ pytest.importorskip("numba")
 
 import triton
 
-from bench import cases, guard
-from bench.counting import Counter, Figures, count_launches, count_operators
+from bench import guard
+from bench.contest import cases
+from bench.count.counting import Counter, Figures, count_launches, count_operators
 from mintnet_triton.kernels import backend, dispatch, mint_forward, work
 from mintnet_triton.kernels.cpu import canvas as cpu_canvas
 from mintnet_triton.kernels.cpu import mint_layer as cpu_mint_layer

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mintnet_triton as mint
-from bench.naive import NaiveMintLayer
+from bench.contest.naive import NaiveMintLayer
 from mintnet_triton.kernels.reference import centres_of
 from mintnet_triton.ordering import Order, Triangle
 from tests import golden

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import mintnet_triton as mint
-from bench.cases import CIFAR10, MNIST, Scale, relative_rms
-from bench.counting import count_launches
+from bench.contest.cases import CIFAR10, MNIST, Scale, relative_rms
+from bench.count.counting import count_launches
 from mintnet_triton.kernels import FrozenWeights, mint_forward
 from mintnet_triton.kernels.activation import NAMES
 from mintnet_triton.kernels.canvas import Canvas

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import mintnet_triton as mint
-from bench.cases import CIFAR10, MNIST, Scale, make_layer, relative_rms
-from bench.timing import capture
+from bench.contest.cases import CIFAR10, MNIST, Scale, make_layer, relative_rms
+from bench.measure.timing import capture
 from mintnet_triton.kernels import fronts, reference
 from mintnet_triton.kernels.activation import NAMES
 from mintnet_triton.kernels.fronts import Slopes, Wave

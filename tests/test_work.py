@@ -12,7 +12,7 @@ from mintnet_triton.ordering import Order, Triangle
 
 pytest.importorskip("triton")
 
-from bench import cases
+from bench.contest import cases
 from mintnet_triton.kernels import work
 from mintnet_triton.kernels.canvas import Canvas
 from mintnet_triton.kernels.gpu import configs, launching, masked_conv

@@ -181,7 +181,7 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
     """MiB that a call takes at its peak on top of what is there before; None where nobody tells.
 
     On a GPU the allocator tells. On a CPU the kernel does, of resident pages: only a process that
-    gives freed memory back at once (see :mod:`bench.memory`) makes that the memory in use.
+    gives freed memory back at once (see :mod:`bench.measure.memory`) makes that the memory in use.
     """
     work()  # what stays afterwards is not of a call
     gc.collect()

@@ -1,4 +1,4 @@
-"""``python -m bench.memory EXTENT``: what each case takes of a CPU's memory, in MiB, as JSON.
+"""What each case takes of a CPU's memory, in MiB: ``python -m bench.measure.memory EXTENT``.
 
 A process of its own, for the peak of resident pages is that of memory in use only where freed
 memory goes back to the system at once, which has to be asked for before a process starts.
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from bench.cases import Extent, all_cases
-from bench.machine import ROOT
-from bench.race import memory_of
+from bench.contest.cases import Extent, all_cases
+from bench.measure.machine import ROOT
+from bench.measure.race import memory_of
 
 #: glibc's: every block of this size or more is the system's own, and returned when it is freed
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -27,7 +27,7 @@ def in_fresh_process(extent: Extent) -> dict[str, Any]:
         subprocess.CalledProcessError: the process ended with an error, which it has printed.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", extent],
+        [sys.executable, "-m", "bench.measure.memory", extent],
         cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout)

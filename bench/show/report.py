@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.cases import SWEEPS
-from bench.run import Entry, entries, errors
-from bench.timing import Spread, ratio, spread
+from bench.contest.cases import SWEEPS
+from bench.measure.timing import Spread, ratio, spread
+from bench.show.result import Entry, entries, errors
 
 Result = dict[str, Any]
 

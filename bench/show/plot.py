@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from bench.cases import SWEEPS
-from bench.report import PASSES, points, speed
-from bench.timing import spread
+from bench.contest.cases import SWEEPS
+from bench.measure.timing import spread
+from bench.show.report import PASSES, points, speed
 
 Result = dict[str, Any]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import FLOAT32, WrongResultError, gate, random_flow
+from bench.contest.cases import FLOAT32, WrongResultError, gate, random_flow
+from bench.contest.rivals import UnavailableError
+from bench.measure.race import Contender, Result, times_of, verdict
+from bench.measure.timing import Clock, Work
 from bench.peers import PEERS
-from bench.race import Contender, Result, times_of, verdict
-from bench.rivals import UnavailableError
-from bench.timing import Clock, Work
 
 
 def measure_models(preset: str | None, batch: int, clock: Clock) -> Result:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import Extent, Mode, layers_of
-from bench.timing import Clock, Work
+from bench.contest.cases import Extent, Mode, layers_of
+from bench.measure.timing import Clock, Work
 from mintnet_triton import MaskedConv2d, MintLayer
 from mintnet_triton.conv import MaskedConv
 from mintnet_triton.kernels import work

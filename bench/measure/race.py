@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mintnet_triton as mint
-from bench.cases import (
+from bench.contest.cases import (
     FLOAT32,
     Case,
     Mode,
@@ -27,9 +27,9 @@ from bench.cases import (
     random_flow,
     scale_of,
 )
-from bench.ceilings import bytes_of, flops_of
-from bench.rivals import INVERSIONS, RIVALS, Rival, Target, UnavailableError, insist
-from bench.timing import Clock, Work, capture, energy, peak_memory
+from bench.contest.rivals import INVERSIONS, RIVALS, Rival, Target, UnavailableError, insist
+from bench.measure.ceilings import bytes_of, flops_of
+from bench.measure.timing import Clock, Work, capture, energy, peak_memory
 from mintnet_triton import MaskedConv2d, MintLayer, use_backend
 
 Result = dict[str, Any]

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.machine import folder
-from bench.run import Entry, entries
-from bench.timing import Spread
+from bench.measure.machine import folder
+from bench.measure.timing import Spread
+from bench.show.result import Entry, entries
 
 #: rivals that are not the library: a change of theirs is one of the machine
 CONTROLS = ("naive", "dense", "dense, channels last")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import (
+from bench.contest.cases import (
     BFLOAT16,
     CIFAR10,
     FLOAT16,
@@ -24,10 +24,10 @@ from bench.cases import (
     Scale,
     gate,
 )
-from bench.ceilings import flops_of
-from bench.race import Problem, Result, Subject, precision_of
-from bench.rivals import RIVALS
-from bench.timing import Clock, Work, spread
+from bench.contest.rivals import RIVALS
+from bench.measure.ceilings import flops_of
+from bench.measure.race import Problem, Result, Subject, precision_of
+from bench.measure.timing import Clock, Work, spread
 from mintnet_triton import MaskedConv2d
 from mintnet_triton.kernels.gpu import configs, launching, masked_conv
 

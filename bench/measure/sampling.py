@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import mintnet_triton as mint
-from bench.race import layer_by_layer, times_of
-from bench.timing import Clock, Work, spread
+from bench.measure.race import layer_by_layer, times_of
+from bench.measure.timing import Clock, Work, spread
 from mintnet_triton.solvers import max_error
 
-DATA = Path(__file__).parents[1] / "tests" / "data"
+DATA = Path(__file__).parents[2] / "tests" / "data"
 
 #: of the curves
 ITERATIONS = (1, 2, 4, 8, 16, 32, 64, 100)

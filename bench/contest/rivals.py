@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mintnet_triton as mint
-from bench.naive import literally
+from bench.contest.naive import literally
 from mintnet_triton import FixedPoint, MaskedConv2d, MintLayer
 from mintnet_triton.kernels.backend import INTERPRETED
 from mintnet_triton.kernels.reference import mint_forward

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.issued import flops_of, in_machine_code, instructions
-from bench.traffic import Traffic
+from bench.count.issued import flops_of, in_machine_code, instructions
+from bench.count.traffic import Traffic
 from mintnet_triton.kernels.gpu import launching
 from tests import compiled
 from tests.ptx import executed, launches

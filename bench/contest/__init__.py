@@ -1,0 +1,1 @@
+"""What is measured: the cases, and against whom."""

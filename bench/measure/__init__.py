@@ -1,0 +1,1 @@
+"""Times and memory: what takes a clock, and says on what machine."""

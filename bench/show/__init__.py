@@ -1,0 +1,1 @@
+"""A result: its file, its tables and pictures, and two of them compared."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -49,6 +50,28 @@ def _nothing_compiled() -> None:
     """torch compiles a function for so many cases only, of all the tests of a process."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture(params=["auto", "torch"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Inside each backend that a CPU has."""
+    from mintnet_triton import use_backend
+
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(
+    params=[("auto", torch.float32), ("auto", torch.float64), ("torch", torch.float32)],
+    ids=["auto-float32", "auto-float64", "torch-float32"],
+)
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Inside what is compiled for float32 and for float64, and inside plain PyTorch."""
+    from mintnet_triton import use_backend
+
+    backend, dtype = request.param
+    with use_backend(backend):
+        yield dtype
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if find_spec("triton"):
-        from tests import grid  # not before the interpreter is chosen
+        from tests import grid, interpreter  # not before the interpreter is chosen
 
         grid.FULL = bool(config.getoption("full"))
+        interpreter.quicken()
 
 
 @pytest.fixture(autouse=True)

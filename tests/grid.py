@@ -30,14 +30,21 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 
 
 def over(
-    allowed: Callable[[Case], bool], main: Sequence[str], **values: Sequence[Any]
+    allowed: Callable[[Case], bool],
+    main: Sequence[str],
+    costly: Callable[[Case], bool] = lambda case: False,
+    **values: Sequence[Any],
 ) -> pytest.MarkDecorator:
     """Parametrize a test by ``case``: a pairwise subset of all combinations, or the full grid.
 
     ``allowed`` may be asked about incomplete cases: it is to use ``case.get``. The full grid has
-    every combination of the ``main`` parameters, each with some values of the others.
+    every combination of the ``main`` parameters, each with some values of the others. What is
+    ``costly`` is left to it.
     """
-    cases = full(allowed, main, **values) if FULL else pairwise(allowed, **values)
+    if FULL:
+        cases = full(allowed, main, **values)
+    else:
+        cases = [case for case in pairwise(allowed, **values) if not costly(case)]
     return pytest.mark.parametrize("case", cases, ids=_name)
 
 

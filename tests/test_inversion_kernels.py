@@ -17,7 +17,14 @@ from mintnet_triton.kernels.reference import Structure
 from tests import grid
 from tests.recording import Looking
 from tests.test_masked_conv_kernels import ORDERINGS
-from tests.test_mint_layer_kernels import affordable, flow, forward, random, random_layer
+from tests.test_mint_layer_kernels import (
+    affordable,
+    costly,
+    flow,
+    forward,
+    random,
+    random_layer,
+)
 
 # Of the interpreter, where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
@@ -106,6 +113,7 @@ def test_a_layer_is_inverted_as_in_torch(
 @grid.over(
     affordable,
     main=["colours", "units", "kernels", "ordering", "numbers"],
+    costly=costly,
     colours=[1, 3, 12],
     units=[1, 5, 45, 85],
     kernels=[1, 3, (1, 1, 3), (3, 1, 5)],

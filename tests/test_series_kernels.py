@@ -16,6 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):Runtime
 
 ORDERINGS = list(product(("channel", "pixel"), ("lower", "upper")))
 
+SOLVERS = (mint.Wavefront(), mint.FixedPoint(iterations=60, coarse=True), mint.Auto())
+
 
 def make_layer(
     ordering: Any, kernels: Any, numbers: str = "float64", **arguments: Any
@@ -62,9 +64,21 @@ def assert_same(module: torch.nn.Module, x: Tensor, *context: Tensor, numbers: s
         grid.assert_near(name, one, expected[name], grid.TOLERANCES[numbers])
 
 
-@pytest.mark.parametrize("ordering", ORDERINGS)
 @pytest.mark.parametrize(
-    ("kernels", "numbers"), [(3, "float64"), (1, "float32"), ((5, 1, 3), "float64")]
+    ("ordering", "kernels", "numbers"),
+    grid.thinned(
+        (
+            (ordering, *layer)
+            for ordering in ORDERINGS
+            for layer in ((3, "float64"), (1, "float32"), ((5, 1, 3), "float64"))
+        ),
+        kept=[
+            (ORDERINGS[0], 3, "float64"),
+            (ORDERINGS[1], (5, 1, 3), "float64"),
+            (ORDERINGS[2], 1, "float32"),
+            (ORDERINGS[3], (5, 1, 3), "float64"),
+        ],
+    ),
 )
 def test_a_layer_and_its_gradients(
     ordering: Any, kernels: Any, numbers: str, monkeypatch: pytest.MonkeyPatch
@@ -96,9 +110,12 @@ def test_a_convolution_by_itself() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ordering", ORDERINGS)
 @pytest.mark.parametrize(
-    "solver", [mint.Wavefront(), mint.FixedPoint(iterations=60, coarse=True), mint.Auto()], ids=repr
+    ("ordering", "solver"),
+    grid.thinned(
+        product(ORDERINGS, SOLVERS),
+        kept=[*product(ORDERINGS[:1], SOLVERS), *product(ORDERINGS[1:], SOLVERS[:1])],
+    ),
 )
 def test_inverses(ordering: Any, solver: Any) -> None:
     layer = make_layer(ordering, (3, 1, 3), "float32")

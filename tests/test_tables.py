@@ -22,6 +22,7 @@ from mintnet_triton.recipes.evaluation import evaluate as judge
 from mintnet_triton.recipes.objectives import make_objective
 from mintnet_triton.recipes.recipe import read_experiment
 from mintnet_triton.recipes.training import DivergedError
+from tests.tiny_run import random_data
 
 
 @pytest.fixture
@@ -46,6 +47,7 @@ def make(path: Path, pool: Executor, **changes: Any) -> dict[str, Any]:
 def test_all_flows_make_a_run_and_none_is_made_twice(
     tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tables, "load_images", lambda name: random_data(100, (1, 8, 8)))
     path = tmp_path / "new" / "density.json"
     make(path, pool, models=["mint", "nice"])
     results = make(path, pool)

@@ -9,7 +9,7 @@ OUT ?= out/demo
 demo: .venv/ready ## train on real digits, verify, sample, invert, draw
 	$(BIN)/python -m mintnet_triton demo --data $(DATA) --out $(OUT)
 
-test: .venv/ready ## every mechanism: within 12 minutes on two cores
+test: .venv/ready ## every mechanism: within 8 minutes on two cores
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-ptx: .venv/ready ## every kernel as compiled for sm_80 and sm_90, executed on a CPU

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made quicker: half of what the tests compute is computed in it."""
+"""Triton's interpreter, made quicker for the tests, much of whose time it takes."""
 
 import inspect
 from functools import cache

@@ -31,8 +31,8 @@ def affordable(case: grid.Case) -> bool:
 
 
 def costly(case: grid.Case) -> bool:
-    """Of so many channels that :func:`test_several_tiles` does with fewer taps and pixels."""
-    return bool(case["colours"] * case["units"] > 100)
+    """Of so many channels as :func:`test_several_tiles` has, with fewer taps and pixels."""
+    return bool(case["colours"] * case["units"] > 80)
 
 
 def random_layer(

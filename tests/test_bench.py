@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -487,6 +488,48 @@ def test_run_from_end_to_end(tmp_path: Path) -> None:
     assert str(tmp_path) in done.stdout.splitlines()[-1]
     assert (tmp_path / "run.md").read_text().splitlines()[-1] in done.stdout
     assert (tmp_path / "scaling.png").exists()
+
+
+#: pytest's own way, as docs/benchmarks.md has it: twice, for PyTorch takes its time to be imported
+PYTEST_TWICE = """
+import sys
+import pytest
+
+command = ["bench", "-q", "-p", "no:randomly", "-k", "ours and forward and growing and 3x8x8"]
+for options in (["--benchmark-json=old.json"], sys.argv[1:]):
+    code = pytest.main([*command, *options])
+    if code:
+        sys.exit(code)
+"""
+
+
+def by_pytest(folder: Path, *options: str) -> str:
+    """What pytest prints when it measures once, and once more with some options."""
+    command = [sys.executable, "-c", PYTEST_TWICE.replace("old.json", str(folder / "old.json"))]
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, env={**plain_environment(), "COLUMNS": "200"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_pytest_compares_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("pygal", reason="pytest-benchmark[histogram] draws with it")
+    printed = by_pytest(
+        tmp_path, f"--benchmark-compare={tmp_path / 'old.json'}",
+        f"--benchmark-histogram={tmp_path / 'drawn'}",
+    )  # fmt: skip
+    name = "growing image: 3x8x8 K16, batch 4, float32: forward: ours"
+    (found,) = read(tmp_path / "old.json")["benchmarks"]
+    assert found["param"] == name
+    assert len(found["stats"]["data"]) == found["stats"]["rounds"] == 9
+    assert found["extra_info"]["rival"] == "ours"
+    assert 0 < found["extra_info"]["error"] < 1e-5
+    assert f"test_case[{name}] (NOW)" in printed
+    assert re.search(rf"^test_case\[{re.escape(name)}\] \(.*old\)", printed, re.MULTILINE)
+    (drawing,) = tmp_path.glob("drawn-*.svg")
+    assert name in drawing.read_text(encoding="utf-8")
 
 
 def test_run_of_some_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench import revisions
 from bench.contest.cases import EXTENTS
 from bench.measure import machine
 from bench.run import run
@@ -33,8 +34,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ):
         commands.add_parser(name, help=text).add_argument("file", type=Path)
     comparing = commands.add_parser("compare", help="what got slower; status 1 if anything did")
-    comparing.add_argument("old", type=Path)
-    comparing.add_argument("new", type=Path)
+    comparing.add_argument("old", help="a result file, or a revision of git")
+    comparing.add_argument("new", help="another of the same kind")
+    comparing.add_argument(
+        "--cases", default="ours", metavar="EXPRESSION",
+        help="of revisions: which to measure, as pytest's -k says it; by default all of ours",
+    )  # fmt: skip
+    comparing.add_argument("--turns", type=int, default=5, help="of revisions: 5 by default")
+    comparing.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of revisions")
     return parser.parse_args(arguments)
 
 
@@ -50,12 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(path)
     else:
         try:
-            found = compare.compare(read(options.old), read(options.new))
+            return _compare(options)
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
-        print(compare.render(found))
-        return 1 if found.lost or any(change.slower for change in found.changes) else 0
     return 0
 
 
@@ -75,6 +80,29 @@ def _run(options: argparse.Namespace) -> int:
     print(text)
     print(f"\nresults, tables and pictures: {out.resolve()}")
     return 1 if errors(result["results"]) else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """What is a file is a result; anything else has to be a revision."""
+    old, new = Path(options.old), Path(options.new)
+    if old.is_file() != new.is_file():
+        file, other = (old, new) if old.is_file() else (new, old)
+        raise ValueError(
+            f"{file} is a file, and {other} is none: compare two files, or two revisions"
+        )
+    if old.is_file():
+        found = compare.compare(read(old), read(new))
+        print(compare.render(found))
+        return 1 if found.lost or any(change.slower for change in found.changes) else 0
+    if options.turns < 1:
+        raise ValueError(f"--turns has to be 1 at least, not {options.turns}")
+    if machine.said_by("git", "status", "--porcelain"):
+        print("what is not committed is not measured", file=sys.stderr)
+    sides = revisions.measure(
+        (options.old, options.new), options.cases, options.turns, options.device
+    )
+    print(revisions.render(*sides))
+    return 1 if revisions.went_wrong(*sides) else 0
 
 
 if __name__ == "__main__":

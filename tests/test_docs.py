@@ -12,6 +12,7 @@ import pytest
 
 import mintnet_triton as mint
 from bench import step
+from bench.__main__ import parse
 from bench.show import report
 from bench.show.result import read
 from docs import draw
@@ -74,6 +75,8 @@ def check_command(line: str) -> None:
         assert importlib.util.find_spec(module), f"no module {module}"
         if module == "mintnet_triton":
             _parser().parse_args(arguments)
+        elif module == "bench" and arguments:
+            parse(arguments)
     elif words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
         assert set(targets) <= set(MAKE), f"no such target: {targets}"
@@ -106,6 +109,7 @@ def test_commands_are_known(page: str) -> None:
         "python -m mintnet_triton trian",
         "python -m mintnet_triton train density --preset digits --epochs",
         "python -m bench.nothing",
+        "python -m bench compare one",
         "pip install '.[cpu,nothing]'",
         "rm out",
     ],

@@ -16,7 +16,7 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import mintnet_triton as mint  # noqa: E402
+import mintnet_triton as mint  # noqa: E402  # found by the path above
 
 project, author = "mintnet-triton", "the mintnet-triton authors"
 release = version = mint.__version__

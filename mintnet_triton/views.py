@@ -102,7 +102,7 @@ def in_dtype(
 def _parametrized(module: nn.Module) -> list[str]:
     if not parametrize.is_parametrized(module):
         return []
-    return list(module.parametrizations)  # type: ignore[arg-type]
+    return list(module.parametrizations)  # type: ignore[arg-type]  # a ModuleDict
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:

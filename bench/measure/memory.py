@@ -37,7 +37,7 @@ def in_fresh_process(extent: Extent) -> dict[str, Any]:
 def main() -> None:
     device = torch.device("cpu")
     found: dict[str, Any] = {}
-    for case in all_cases(device, sys.argv[1]):  # type: ignore[arg-type]
+    for case in all_cases(device, sys.argv[1]):  # type: ignore[arg-type]  # an extent
         if case.resources:
             found.setdefault(case.section, {})[case.name] = memory_of(case, device)
     print(json.dumps(found))

@@ -203,7 +203,7 @@ class Subject:
         self.backend = insist(rival.backend, problem.device)
         self.module = rival.prepare(copy.deepcopy(problem.module))
         layout = rival.layout
-        self.module.to(memory_format=layout)  # type: ignore[call-overload]
+        self.module.to(memory_format=layout)  # type: ignore[call-overload]  # in no overload
         self.map = rival.wrap(self.module)
         self.input = problem.x.clone(memory_format=layout)
         self.x = self.input.clone().requires_grad_()

@@ -203,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--checkpoint", default="last", help="last, best, or a file's name")
     for command in (train, evaluate, figures):
         command.add_argument(
-            "--data-dir", type=Path, help="folder of mnist, cifar10 or imagenet32; else the hub"
+            "--data-dir",
+            type=Path,
+            help="folder of mnist, fashion, cifar10 or imagenet32; else the hub",
         )
     for command in (train, evaluate, sample, figures):
         command.add_argument("--device", help="as torch names it; by default a GPU if there is one")

@@ -136,7 +136,7 @@ class MintClassifier(nn.Module):
         """A classifier of the paper.
 
         Args:
-            name: "mnist" or "cifar10"; "digits" for a small one, not the paper's.
+            name: "mnist" or "cifar10"; "digits" or "fashion" for small ones, not the paper's.
             changes: constructor arguments to use instead of the preset's.
 
         Raises:

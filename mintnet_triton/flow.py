@@ -160,8 +160,8 @@ class MintNet(Chain):
         """A model of the paper.
 
         Args:
-            name: "mnist", "cifar10" or "imagenet32"; "digits", "mnist5k" or "patches" for small
-                ones, not the paper's.
+            name: "mnist", "cifar10" or "imagenet32"; "digits", "mnist5k", "fashion" or "patches"
+                for small ones, not the paper's.
             changes: constructor arguments to use instead of the preset's.
 
         Raises:

@@ -143,7 +143,7 @@ def test_presets_are_the_papers(
 def test_presets_can_be_changed_and_unknown_ones_raise() -> None:
     flow = mint.MintNet.from_preset("mnist", pairs=3, hidden=16)
     assert len(flow.layers) == 5
-    names = "'cifar10', 'digits', 'imagenet32', 'mnist', 'mnist5k', 'patches'"
+    names = "'cifar10', 'digits', 'fashion', 'imagenet32', 'mnist', 'mnist5k', 'patches'"
     with pytest.raises(ValueError, match=rf"presets \[{names}\], got 'svhn'"):
         mint.MintNet.from_preset("svhn")
     with pytest.raises(ValueError, match="has no classifier section"):

@@ -20,7 +20,8 @@ def load_preset(name: str, section: str) -> dict[str, Any]:
     """One section of a preset: "data", or "density" or "classifier" and how each is trained.
 
     Args:
-        name: "mnist", "cifar10" or "imagenet32" of the paper; "digits", "mnist5k" or "patches".
+        name: "mnist", "cifar10" or "imagenet32" of the paper; "digits", "mnist5k", "fashion" or
+            "patches".
         section: "data", "density", "density_training", "classifier" or "classifier_training".
 
     Raises:

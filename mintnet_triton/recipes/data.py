@@ -1,10 +1,10 @@
-"""Real images with fixed splits: what Python packages ship, and sets of the Hugging Face hub.
+"""Real images with fixed splits: what Python packages ship, the hub has, or a folder holds.
 
 A split is read through two methods, so that training needs not know whether it is in memory:
 ``order`` yields handles of its images, cheaply; ``fetch`` turns a handle into an image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mintnet_triton.recipes.originals import Part, read_cifar10, read_mnist
 from mintnet_triton.recipes.pixels import read_pixels
 
-DataName = Literal["digits", "mnist5k", "patches", "mnist", "cifar10", "imagenet32"]
+DataName = Literal["digits", "mnist5k", "patches", "mnist", "fashion", "cifar10", "imagenet32"]
 
 #: images of a stream that are held to draw the next one from
 SHUFFLE_BUFFER = 10_000
@@ -191,11 +192,15 @@ class _HubSet(NamedTuple):
     classes: int
     test: str  # the split that is tested on
     streamed: bool = False
+    originals: Callable[[Path], tuple[Part, Part] | None] = lambda folder: None  # in its folder
 
 
 _HUB = {
-    "mnist": _HubSet("ylecun/mnist", (1, 28, 28), 10, "test"),
-    "cifar10": _HubSet("uoft-cs/cifar10", (3, 32, 32), 10, "test"),
+    "mnist": _HubSet("ylecun/mnist", (1, 28, 28), 10, "test", originals=read_mnist),
+    "fashion": _HubSet(
+        "zalando-datasets/fashion_mnist", (1, 28, 28), 10, "test", originals=read_mnist
+    ),
+    "cifar10": _HubSet("uoft-cs/cifar10", (3, 32, 32), 10, "test", originals=read_cifar10),
     "imagenet32": _HubSet(
         "benjamin-paine/imagenet-1k-32x32", (3, 32, 32), 1000, "validation", streamed=True
     ),
@@ -214,24 +219,28 @@ def load_images(name: DataName, folder: Path | None = None, *, labelled: bool = 
                                              every 8 pixels of columns 0-479, test patches side
                                              by side in columns 480-639; label: the photograph
     mnist      1x28x28 256    60,000, 10,000 hub ``ylecun/mnist``, its own splits
+    fashion    1x28x28 256    60,000, 10,000 hub ``zalando-datasets/fashion_mnist``, its own splits
     cifar10    3x32x32 256    50,000, 10,000 hub ``uoft-cs/cifar10``, its own splits
     imagenet32 3x32x32 256    streams        hub ``benjamin-paine/imagenet-1k-32x32``, train and
-                                             validation; bits per dimension compare with those
-                                             of images that were made small the same way alone
+                                             validation; not the images of van den Oord et al.
+                                             (2016), which published bits per dimension are of
     ========== ======= ====== ============== =====================================================
 
     Args:
         name: of the set.
-        folder: for the last three: read this folder instead of the hub. It holds parquet files in
-            the hub's schema, ``<split>-*.parquet``, or images in ``<split>/<class>/``; without
-            labels, ``<split>/`` will do. Files are read as :func:`.read_pixels` does.
+        folder: for the last four: read this folder instead of the hub. It holds the set's original
+            files, as :func:`.read_mnist` and :func:`.read_cifar10` take them; or parquet files in
+            the hub's schema, ``<split>-*.parquet``; or images in ``<split>/<class>/``; without
+            labels, ``<split>/`` will do. Images are read as :func:`.read_pixels` does.
         labelled: refuse an image without a label, which a classifier cannot train on.
 
     Raises:
-        DataNotFoundError: the folder, a split in it, or the hub is out of reach; says what to do.
+        DataNotFoundError: the folder, a split or a file in it, or the hub is out of reach; says
+            what to do.
         ModuleNotFoundError: the package that ships it is not installed.
-        ValueError: no such data set; or names the file, or the row, of an image that cannot be
-            read, is of another shape, or has no label; for a stream, when it is fetched.
+        ValueError: no such data set; or names the file that is damaged, or the file or row of an
+            image that cannot be read, is of another shape, or has no label; for a stream, when it
+            is fetched.
     """
     if name not in get_args(DataName):
         raise ValueError(f"name must be one of {list(get_args(DataName))}, got {name!r}")
@@ -298,14 +307,22 @@ def _load_patches() -> ImageData:
 
 
 def _load_hub(name: DataName, source: _HubSet, folder: Path | None, labelled: bool) -> ImageData:
-    from datasets import load_dataset
-
     download = (
         f"hf download {source.repository} --repo-type dataset --local-dir data/{name}\n"
         f"and then give --data-dir data/{name}"
     )
+    try:
+        parts = None if folder is None else source.originals(folder)
+    except FileNotFoundError as error:
+        raise DataNotFoundError(f"{error}; this gets {name}:\n{download}") from error
+    if parts is not None:
+        trained, tested = (ImageSet(*map(torch.from_numpy, part)) for part in parts)
+        return ImageData(name, trained, tested, 256, source.shape, source.classes)
     if folder is not None and not folder.is_dir():
         raise DataNotFoundError(f"no folder {folder}; this gets {name}:\n{download}")
+
+    from datasets import load_dataset
+
     try:
         # A local folder is read where it lies, without a copy in a cache.
         loaded = (

@@ -7,10 +7,11 @@ parts, turns them from data to latent, and says what they compute inexactly. The
 imported when a peer is built, not before.
 """
 
+import contextlib
 import importlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ class BudgetError(ValueError):
 
 
 class FixedPointError(ArithmeticError):
-    """The inverse of a residual block did not converge."""
+    """An inverse that a library finds by iterations did not converge."""
 
 
 def library(name: str) -> Any:
@@ -83,7 +84,7 @@ class PeerFlow(nn.Module):
         """Latent (B, C * H * W) -> data (B, C, H, W); no checks.
 
         Raises:
-            FixedPointError: of a residual flow, a block's inverse did not converge.
+            FixedPointError: of a residual flow or a NAF, an inverse did not converge.
         """
         raise NotImplementedError
 
@@ -118,7 +119,7 @@ class PeerFlow(nn.Module):
         Raises:
             TypeError, ValueError: n is not a positive integer.
             NonFiniteError: a sample is not finite.
-            FixedPointError: of a residual flow, a block's inverse did not converge.
+            FixedPointError: of a residual flow or a NAF, an inverse did not converge.
         """
         check_integer("n", n, least=1)
         like = next(self.parameters())
@@ -161,6 +162,71 @@ def maf(shape: Shape, width: int) -> PeerFlow:
     return ZukoFlow(
         shape, flows.MAF(math.prod(shape), transforms=5, hidden_features=[width, width])
     )
+
+
+def _standardised(flow: Any) -> Any:
+    """A flow of zuko behind a scale and shift of each variable, at first the identity.
+
+    Beyond their bounds, which suit variables of mean zero and variance one, its splines do nothing
+    and its bisection finds nothing. So zuko wants data standardised; logits of bytes reach 14.
+    """
+    flows = library("zuko").flows
+    standardise = flows.ElementWiseTransform(math.prod(flow.base().event_shape))
+    for parameter in standardise.parameters():
+        nn.init.zeros_(parameter)
+    return flows.Flow([standardise, *flow.transform.transforms], flow.base)
+
+
+def _groups(features: int, width: int) -> int:
+    """How many groups of variables follow one another in a masked network of zuko.
+
+    Its hidden units see what precedes the first group, the second, and so on, as far as there are
+    units: of more groups, the later would be seen by nobody.
+    """
+    return min(features, width + 1)
+
+
+def nsf(shape: Shape, width: int) -> PeerFlow:
+    """Neural spline flow (Durkan et al. 2019): three masked networks, 8 bins, linear tails."""
+    flows = library("zuko").flows
+    features = math.prod(shape)
+    sizes = {"hidden_features": [width, width], "passes": _groups(features, width)}
+    return ZukoFlow(shape, _standardised(flows.NSF(features, **sizes)))
+
+
+def nsf_coupling(shape: Shape, width: int) -> PeerFlow:
+    """The same of four couplings; a masked network of two groups would hide half its weights."""
+    zuko = library("zuko")
+    spline = {
+        "univariate": zuko.transforms.MonotonicRQSTransform,
+        "shapes": [(8,), (8,), (7,)],  # widths, heights and slopes of 8 bins
+    }
+    couplings = zuko.flows.NICE(
+        math.prod(shape), transforms=4, hidden_features=[width, width], **spline
+    )
+    return ZukoFlow(shape, _standardised(couplings))
+
+
+class BisectedFlow(ZukoFlow):
+    """Flows of zuko that are inverted by bisection, which knows of no failure."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        x = super().decode(z)
+        _check_inverse(self(x)[0], z)
+        return x
+
+
+def naf(shape: Shape, width: int) -> PeerFlow:
+    """NAF (Huang et al. 2018): three masked networks, which steer a monotone one of each variable.
+
+    The library has 16 numbers steer one of 64 units a layer. Those of all variables would exceed
+    the budget by themselves, hence 4 and 8.
+    """
+    flows = library("zuko").flows
+    features = math.prod(shape)
+    sizes = {"hidden_features": [width, width], "passes": _groups(features, width)}
+    monotone = {"signal": 4, "network": {"hidden_features": [8, 8]}}
+    return BisectedFlow(shape, _standardised(flows.NAF(features, **monotone, **sizes)))
 
 
 def ffjord(shape: Shape, width: int) -> PeerFlow:
@@ -237,6 +303,34 @@ def glow(shape: Shape, width: int) -> PeerFlow:
     return multiscale(shape, layers)
 
 
+def rq_nsf(shape: Shape, width: int) -> PeerFlow:
+    """The image model of Durkan et al. (2019): a Glow whose couplings are splines, four a scale.
+
+    They have the library's 8 bins in [-3, 3], which suits what an ActNorm leaves before each.
+    """
+
+    def layers(nf: Any, channels: int) -> list[nn.Module]:
+        channels *= 4
+        half = channels // 2
+
+        def network(channels: int, outputs: int) -> nn.Module:
+            net: nn.Module = nf.nets.resnet.ConvResidualNet(channels, outputs, width)
+            return net
+
+        steps: list[nn.Module] = []
+        for _ in range(4):
+            coupling = nf.flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling(
+                torch.arange(channels) // half, network, num_bins=8, tails="linear", tail_bound=3.0
+            )
+            # It alone counts from data to latent.
+            steps.append(nf.flows.Reverse(coupling))
+            steps.append(nf.flows.Invertible1x1Conv(channels, use_lu=True))
+            steps.append(nf.flows.ActNorm((channels, 1, 1)))
+        return [*steps, nf.flows.Squeeze()]
+
+    return multiscale(shape, layers)
+
+
 class ResidualFlow(PeerFlow):
     """Residual blocks of normflows; they contract only while their norms are kept up to date."""
 
@@ -271,10 +365,15 @@ class ResidualFlow(PeerFlow):
 def _invert(block: Any, y: Tensor) -> Tensor:
     """The library's fixed point, which ends in silence after 1000 steps, and its residual."""
     x: Tensor = block.inverse(y)
-    residual = float((block(x) - y).detach().abs().max() / y.detach().abs().max().clamp(min=1))
-    if not residual <= 1e-2:
-        raise FixedPointError(f"x + g(x) = y is off by {residual:.1e} of max(1, max |y|)")
+    _check_inverse(block(x), y)
     return x
+
+
+def _check_inverse(found: Tensor, y: Tensor) -> None:
+    """Whether f(x) is found where y is wanted."""
+    residual = float((found - y).detach().abs().max() / y.detach().abs().max().clamp(min=1))
+    if not residual <= 1e-2:
+        raise FixedPointError(f"f(x) = y is off by {residual:.1e} of max(1, max |y|)")
 
 
 def residual_flow(shape: Shape, width: int) -> PeerFlow:
@@ -320,6 +419,42 @@ def all_in_one(shape: Shape, width: int) -> PeerFlow:
             flow.append(freia.modules.AllInOneBlock, subnet_constructor=network)
     flow.append(freia.modules.Flatten)
     return FreiaFlow(shape, flow)
+
+
+class TorchflowsFlow(PeerFlow):
+    """Flows of torchflows. Batch normalisation is in their networks: evaluate them trained."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with _own_warning():
+            z, log_det = self.flow.forward(x)
+        return z.flatten(1), log_det
+
+    def decode(self, z: Tensor) -> Tensor:
+        with _own_warning():
+            return cast(Tensor, self.flow.inverse(z.view(-1, *self.shape))[0])
+
+
+@contextlib.contextmanager
+def _own_warning() -> Iterator[None]:
+    """torchflows 1.2 indexes by a list, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using a non-tuple sequence", UserWarning)
+        yield
+
+
+def multiscale_real_nvp(shape: Shape, depth: int) -> PeerFlow:
+    """Multiscale Real NVP of torchflows, whose networks are of one size: as deep as is to be.
+
+    Its relatives are no rivals yet. Its Glows count the log-det of a 1 x 1 convolution for one
+    pixel alone, and that of its deep sigmoids differs from the Jacobian's, too; its splines take 23
+    outputs a variable from 100 units, many times what a MintNet has in all.
+    """
+    library("torchflows")
+    architectures = importlib.import_module("torchflows.architectures")
+    flow = architectures.MultiscaleRealNVP(
+        shape, n_checkerboard_layers=depth, n_channel_wise_layers=depth
+    )
+    return TorchflowsFlow(shape, flow)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -392,10 +527,46 @@ PEERS: dict[str, Peer] = {
     "maf": Peer(
         "MAF", "zuko", "autoregressive, fully connected", "exact", "exact, a pass a variable", maf
     ),
+    "nsf": Peer(
+        "Neural spline flow",
+        "zuko",
+        "autoregressive, fully connected",
+        "exact",
+        "exact, a pass a group of variables",
+        nsf,
+    ),
+    "nsf_coupling": Peer(
+        "Neural spline couplings",
+        "zuko",
+        "coupling, fully connected",
+        "exact",
+        "exact",
+        nsf_coupling,
+    ),
+    "naf": Peer(
+        "NAF",
+        "zuko",
+        "autoregressive, fully connected",
+        "exact",
+        "bisection within [-10, 10] to 1e-6, a pass a group of variables",
+        naf,
+    ),
     "real_nvp": Peer(
         "Real NVP", "normflows", "coupling, convolutional", "exact", "exact", real_nvp, 4
     ),
     "glow": Peer("Glow", "normflows", "coupling, convolutional", "exact", "exact", glow, 4),
+    "rq_nsf": Peer(
+        "Glow with splines", "normflows", "coupling, convolutional", "exact", "exact", rq_nsf, 4
+    ),
+    "multiscale_real_nvp": Peer(
+        "Multiscale Real NVP",
+        "torchflows",
+        "coupling, convolutions before a fully connected layer",
+        "exact",
+        "exact",
+        multiscale_real_nvp,
+        2,
+    ),
     "freia": Peer("AllInOne", "FrEIA", "coupling, convolutional", "exact", "exact", all_in_one, 4),
     "ffjord": Peer(
         "FFJORD",

@@ -37,6 +37,7 @@ from bench.contest.cases import (
 from bench.measure import machine, memory, models, race, timing
 from bench.measure.ceilings import flops_of
 from bench.measure.timing import Clock
+from bench.peers import FixedPointError
 from bench.show import compare, plot, report
 from bench.show.result import entries, errors, read, write
 from mintnet_triton import MaskedConv2d, MintLayer
@@ -197,6 +198,10 @@ def test_models_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         def log_prob(self, x: torch.Tensor) -> torch.Tensor:
             return super().log_prob(x) + (0.1 if x.dtype == torch.float32 else 0)
 
+    class Stuck(mint.MintNet):
+        def sample(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+            raise FixedPointError("f(x) = y is off")
+
     def build(kind: type[mint.MintNet]) -> Any:
         def construct(shape: tuple[int, int, int], parameters: int) -> mint.MintNet:
             flow = kind(shape[0], shape[1:], pairs=2, hidden=4, squeezes=1)
@@ -209,7 +214,12 @@ def test_models_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError("zuko is not installed: pip install zuko")
 
     nice = SimpleNamespace(build=missing, log_det="exact")
-    peers = {"right": build(mint.MintNet), "wrong": build(Wrong), "nice": nice}
+    peers = {
+        "right": build(mint.MintNet),
+        "wrong": build(Wrong),
+        "stuck": build(Stuck),
+        "nice": nice,
+    }
     monkeypatch.setattr(models, "PEERS", peers)
     with mint.use_backend("torch"):
         found = models.measure_models(None, 2, Clock(CPU, rounds=(2, 2), seconds=0))["passes"]
@@ -217,6 +227,8 @@ def test_models_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(found[pass_]["rivals"]["right"]["ms"]) == 2
         assert found[pass_]["rivals"]["nice"]["status"] == "unavailable"
     assert found["forward"]["rivals"]["wrong"]["status"] == "wrong"
+    assert len(found["training"]["rivals"]["stuck"]["ms"]) == 2
+    assert found["inverse"]["rivals"]["stuck"]["status"] == "unavailable"
     assert report.tables({"machine": {}, "results": {"models": {"tiny": {"passes": found}}}})
 
 

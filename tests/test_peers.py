@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from bench import peers
 from bench.peers import PEERS, PeerFlow, ResNet, Shape, count_parameters
 
-for needed in ("zuko", "normflows", "FrEIA"):
+for needed in ("zuko", "normflows", "FrEIA", "torchflows"):
     pytest.importorskip(needed)
 
 EXACT = [name for name, peer in PEERS.items() if peer.log_det == "exact"]
+#: whose outputs or variables' own networks are more than a small MintNet has in all
+LARGE = ("nsf", "nsf_coupling", "naf", "multiscale_real_nvp")
 #: more columns than rows, so that no transposition goes unseen
 SHAPE: Shape = (1, 4, 8)
 
@@ -116,7 +118,40 @@ def test_log_prob_is_that_of_the_change_of_variables(name: str) -> None:
     torch.testing.assert_close(flow.log_prob(x), normal.log_prob(z).sum(1) + log_det)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", ["nsf", "nsf_coupling"])
+def test_splines_end_in_lines(name: str) -> None:
+    flow = far_from_identity(name)
+    x = 50 + torch.rand(3, *SHAPE, dtype=torch.float64)
+    standardise = flow.flow().transform.transforms[0]
+    torch.testing.assert_close(flow(x), standardise.call_and_ladj(x.flatten(1)))
+
+
+@pytest.mark.parametrize("name", ["nsf", "naf"])
+def test_masked_networks_see_all_that_precedes(name: str) -> None:
+    transform = far_from_identity(name).flow.transform.transforms[1]
+    assert 2 < int(transform.order.max()) + 1 <= transform.passes < 32
+    network = transform.hyper
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.abs_()
+            layer.bias.data.fill_(1.0)  # no unit is off
+    x = torch.rand(32, dtype=torch.float64)
+    seen = torch.as_tensor(torch.autograd.functional.jacobian(network, x)) != 0
+    precedes = transform.order > transform.order[:, None]
+    assert torch.equal(seen, precedes.T.repeat_interleave(transform.total, 0))
+
+
+def test_naf_inverts_or_refuses() -> None:
+    flow = far_from_identity("naf")
+    x = 0.1 * torch.randn(4, *SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(flow.decode(flow(x)[0]), x, rtol=0, atol=1e-4)
+    # Before it is trained, bisection would have to look beyond its bounds.
+    with pytest.raises(peers.FixedPointError, match="off by"):
+        flow.sample(5)
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "naf"])
 def test_samples_come_from_the_latents(name: str) -> None:
     flow = far_from_identity(name)
     x = flow.sample(5, torch.Generator().manual_seed(3))
@@ -135,18 +170,29 @@ def test_samples_come_from_the_latents(name: str) -> None:
     ("shape", "parameters"), [((1, 8, 8), 86_292), ((1, 28, 28), 805_272), ((3, 32, 32), 2_000_000)]
 )
 def test_parameters_are_within_a_tenth(name: str, shape: Shape, parameters: int) -> None:
-    if name == "maf" and shape[1] == 32:
-        shape = (3, 16, 16)  # zuko takes seconds to find the masks of 3072 variables
+    # zuko takes seconds to find the masks of so many variables, and of their splines.
+    if name in ("maf", "naf") and shape[1] == 32:
+        shape = (3, 16, 16)
+    if name == "nsf" and shape[1] > 8:
+        shape = (shape[0], 12, 12)
     flow = PEERS[name].build(shape, parameters)
     count = sum(p.numel() for p in flow.parameters() if p.requires_grad)
     assert 0.9 * parameters <= count <= 1.1 * parameters
     assert {p.dtype for p in flow.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", [pytest.param("nsf", marks=pytest.mark.full), *LARGE[1:]])
+def test_a_budget_below_the_outputs_is_refused(name: str) -> None:
+    """That of the mnist5k preset."""
+    with pytest.raises(peers.BudgetError, match="has no width for 30858 parameters"):
+        PEERS[name].build((1, 28, 28), 30_858)
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_training_lowers_the_loss_of_every_weight(name: str) -> None:
-    shape = (1, 8, 8)
-    flow = PEERS[name].build(shape, 20_000)
+    # torchflows makes every image one of 32 x 32 pixels first: few networks are enough.
+    shape = SHAPE if name == "multiscale_real_nvp" else (1, 8, 8)
+    flow = PEERS[name].build(shape, 86_292 if name in LARGE and shape != SHAPE else 20_000)
     before = copy.deepcopy(flow.state_dict())
     x = 2 + torch.randn(32, *shape).cumsum(3)
     optimiser = torch.optim.Adam(flow.parameters(), lr=3e-3)
@@ -161,10 +207,12 @@ def test_training_lowers_the_loss_of_every_weight(name: str) -> None:
     after = flow.state_dict()
     for key, parameter in flow.named_parameters():
         assert torch.isfinite(parameter).all()
-        # How long a power series is, normflows keeps among its parameters, but draws no gradient.
-        if parameter.requires_grad and not key.endswith((".geom_p", ".lamb")):
+        # How long a power series is, normflows keeps among its parameters, but draws no gradient;
+        # torchflows has empty ones.
+        if parameter.requires_grad and not key.endswith((".geom_p", ".lamb", ".global_theta_flat")):
             assert not torch.equal(before[key], after[key]), key
-    assert torch.isfinite(flow.eval().sample(3)).all()
+    if name != "naf":
+        assert torch.isfinite(flow.eval().sample(3)).all()
 
 
 def test_bad_arguments() -> None:

@@ -17,7 +17,7 @@ from bench.contest.cases import FLOAT32, WrongResultError, gate, random_flow
 from bench.contest.rivals import UnavailableError
 from bench.measure.race import Contender, Result, times_of, verdict
 from bench.measure.timing import Clock, Work
-from bench.peers import PEERS
+from bench.peers import PEERS, FixedPointError
 
 
 def measure_models(preset: str | None, batch: int, clock: Clock) -> Result:
@@ -51,6 +51,8 @@ def measure_models(preset: str | None, batch: int, clock: Clock) -> Result:
             try:
                 rivals[name] = contender.check()
                 contenders[name] = contender
+            except FixedPointError as error:  # random weights, which a library cannot invert
+                rivals[name] = verdict(UnavailableError(str(error)))
             except Exception as error:
                 rivals[name] = verdict(error)
         for name, times in times_of(contenders, clock).items():

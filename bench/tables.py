@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench.peers import PEERS, ResNet, count_parameters
+from bench.peers import PEERS, BudgetError, ResNet, count_parameters
 from mintnet_triton.recipes.commands import new_model
 from mintnet_triton.recipes.data import DataName, load_images
 from mintnet_triton.recipes.evaluation import evaluate
@@ -107,6 +107,19 @@ def build(name: str, experiment: Experiment) -> nn.Module:
             channels, experiment.model["classes"], 2 * experiment.model["pairs"], count
         )
     return PEERS[name].build((channels, size, size), count)
+
+
+def entrants(task: str, data: DataName) -> list[str]:
+    """The models of a task but those that cannot be so small, of which it tells."""
+    found = []
+    for name in CONTESTS[task].models:
+        try:
+            build(name, read_experiment(data, task))
+        except BudgetError as error:
+            print(f"left out: {error}")
+        else:
+            found.append(name)
+    return found
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -300,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="of a core, each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--models", nargs="+", help="all, by default")
+    parser.add_argument("--models", nargs="+", help="default: all that can be so small")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--out", type=Path, help="default: out/TASK_DATA.json")
     options = parser.parse_args(arguments)
@@ -320,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             minutes=contest.minutes if options.minutes is None else options.minutes,
             seeds=options.seeds,
             rates=options.rates,
-            models=options.models or contest.models,
+            models=options.models or entrants(options.task, options.data),
         )
     print(table(results))
     print(f"written to {path.resolve()}")

@@ -14,9 +14,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("zuko")
 pytest.importorskip("normflows")
 pytest.importorskip("FrEIA")
+pytest.importorskip("torchflows")
 
 from bench import tables
-from bench.peers import PEERS
+from bench.peers import PEERS, BudgetError
 from mintnet_triton.recipes.data import load_images
 from mintnet_triton.recipes.evaluation import evaluate as judge
 from mintnet_triton.recipes.objectives import make_objective
@@ -67,6 +68,21 @@ def test_all_flows_make_a_run_and_none_is_made_twice(
     assert make(path, pool) == results
     with pytest.raises(tables.OtherTermsError, match=r"has minutes=1e-09, not 2\.0"):
         make(path, pool, minutes=2.0)
+
+
+def test_what_cannot_be_so_small_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(name: str, experiment: Any) -> nn.Module:
+        assert experiment.data["image_size"] == 28
+        if name == "naf":
+            raise BudgetError("NAF is too large")
+        return nn.Identity()
+
+    monkeypatch.setattr(tables, "build", build)
+    found = tables.entrants("density", "mnist5k")
+    assert found == ["mint", *(name for name in PEERS if name != "naf")]
+    assert capsys.readouterr().out == "left out: NAF is too large\n"
 
 
 def test_the_command_makes_runs_in_processes_of_one_thread(

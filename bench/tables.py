@@ -42,7 +42,7 @@ from mintnet_triton.recipes.objectives import make_objective
 from mintnet_triton.recipes.recipe import Experiment, read_experiment
 from mintnet_triton.recipes.runs import RunFolder, write_atomically
 from mintnet_triton.recipes.state import TrainingState
-from mintnet_triton.recipes.training import DivergedError, train
+from mintnet_triton.recipes.training import DivergedError, start_from_data, train
 
 MINT = "mint"
 RESNET = "resnet"
@@ -129,6 +129,7 @@ def run(job: Job) -> dict[str, Any]:
     data = load_images(job.data)
     model, recipe = build(job.model, experiment), experiment.recipe
     objective = make_objective(job.task, experiment.data)
+    start_from_data(model, data, objective, recipe)
     facts: dict[str, Any] = {
         "model": job.model,
         "rate": job.rate,

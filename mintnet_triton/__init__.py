@@ -31,6 +31,14 @@ from mintnet_triton.invertible import Invertible
 from mintnet_triton.kernels import Activation, BackendError, use_backend
 from mintnet_triton.mint import MintLayer, MintPair, Squeeze, frozen
 from mintnet_triton.ordering import Ordering, OrderingError
+from mintnet_triton.parts import (
+    ActNorm,
+    ConditionalPrior,
+    FactorOut,
+    InvertibleSequential,
+    LogisticMixture,
+    PointwiseConv,
+)
 from mintnet_triton.scores import (
     entropy_estimate,
     interpolate,
@@ -46,17 +54,22 @@ from mintnet_triton.verify import VerifyReport, verify
 from mintnet_triton.version import __version__
 
 __all__ = [
+    "ActNorm",
     "Activation",
     "Auto",
     "BackendError",
     "CheckpointError",
     "Compose",
+    "ConditionalPrior",
     "Elementwise",
+    "FactorOut",
     "FixedPoint",
     "HookError",
     "ImagePreprocess",
     "InversionResult",
     "Invertible",
+    "InvertibleSequential",
+    "LogisticMixture",
     "MaskedAffine",
     "MaskedConv1d",
     "MaskedConv2d",
@@ -70,6 +83,7 @@ __all__ = [
     "NotConvergedError",
     "Ordering",
     "OrderingError",
+    "PointwiseConv",
     "SingularJacobianError",
     "Solver",
     "Squeeze",

@@ -23,8 +23,6 @@ from mintnet_triton.solvers import (
     Solution,
     Solver,
     log_abs_det,
-    max_error,
-    relative_residual,
 )
 
 Scale = float | Tensor
@@ -85,6 +83,10 @@ class TriangularMap(Stage):
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
         evaluate = self.evaluator()
+        if self.ordering is None:  # it acts on each variable alone
+            _, slope = evaluate(x)
+            again = [1] * (x.ndim - 1)
+            return lambda right: right / slope.repeat(len(right) // max(1, len(x)), *again)
 
         def solve(right: Tensor) -> Tensor:
             # Jacobi's method ends for a triangular matrix, after as many steps as it has rows.
@@ -108,23 +110,6 @@ class TriangularMap(Stage):
     def magnitude(self, x: Tensor) -> Tensor:
         y, diagonal = self.evaluator()(x)
         return y.abs() + (diagonal * x).abs() + 1
-
-    def solve_exactly(
-        self, z: Tensor, x: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
-    ) -> Solution:
-        """The solution x, known in closed form, with the residual it really has."""
-        y, diagonal = self.evaluator()(x)
-        residual = relative_residual(y, z)
-        rows, none = solver.rows, torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        return Solution(
-            x,
-            -log_abs_det(diagonal),
-            residual,
-            none,
-            none.bool(),
-            residual.repeat(rows, 1) if trace else None,
-            max_error(x, reference).repeat(rows, 1) if trace and reference is not None else None,
-        )
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, diagonal = self.evaluator()(x)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from mintnet_triton.invertible import Chain, Invertible, Shape
 from mintnet_triton.kernels import Activation
 from mintnet_triton.mint import MintPair, Squeeze, first_tensor
 from mintnet_triton.ordering import Order
+from mintnet_triton.parts import (
+    ActNorm,
+    ConditionalPrior,
+    FactorOut,
+    InvertibleSequential,
+    LogisticMixture,
+    PointwiseConv,
+)
 from mintnet_triton.presets import model_arguments
 from mintnet_triton.solvers import Solver, log_det_dtype
 
@@ -52,6 +60,17 @@ def squeezed(size: tuple[int, ...], squeezes: int) -> tuple[int, ...]:
     return tuple(side // factor for side in size)
 
 
+class Parts(TypedDict, total=False):
+    """What a flow has beyond the paper; nothing of it by default."""
+
+    mixture: int | None
+    actnorm: bool
+    mixing: bool
+    factor_out: bool
+    conditional_prior: int | None
+    learned_base: bool
+
+
 class MintNet(Chain):
     """A flow of Mint pairs with a standard normal latent; images come in logit space.
 
@@ -76,6 +95,17 @@ class MintNet(Chain):
             maps of it have the size of an image, and are averaged at squeezes.
         context_network: a function that makes the network of a layer, of P outputs; by default each
             is linear, and starts at zero.
+        mixture: components of a :class:`.LogisticMixture` of every variable, before all else.
+        actnorm: an :class:`.ActNorm` of each channel before each pair.
+        mixing: a :class:`.PointwiseConv` before each pair of more than one channel.
+        factor_out: at each squeeze, the first half of the channels are latents
+            (:class:`.FactorOut`), and what follows is a map of the others.
+        conditional_prior: hidden channels of a :class:`.ConditionalPrior` of what is factored out.
+        learned_base: latents with a mean and a scale each that are learnt; in terms of z, an
+            :class:`.ActNorm` of every variable after all else.
+
+    Parts beyond the paper, from ``mixture`` on, are off by default. Some start from data: call
+    :meth:`initialise` before training.
 
     Raises:
         ValueError, TypeError: an argument outside its range, a size that does not divide, hidden
@@ -96,6 +126,7 @@ class MintNet(Chain):
         *,
         context: int | None = None,
         context_network: Callable[[int], nn.Module] | None = None,
+        **parts: Unpack[Parts],
     ) -> None:
         super().__init__()
         channels, pairs, hidden = check_positive(channels=channels, pairs=pairs, hidden=hidden)
@@ -127,14 +158,30 @@ class MintNet(Chain):
             self.arguments["context"] = check_integer("context", context, least=1)
         if context_network is not None:  # itself it could be neither pickled nor written to a file
             self.arguments["context_network"] = True
+        self.arguments |= (chosen := _checked(parts))
         self.image_shape = (channels, *size)
+        axes = len(size)
         self.layers = nn.ModuleList()
+        layers: nn.ModuleList | InvertibleSequential = self.layers
+        if components := chosen.get("mixture"):
+            layers.append(LogisticMixture(channels, size, components))
         for pair in range(pairs):
             if pair in positions:
-                self.layers.append(Squeeze(len(size)))
+                layers.append(Squeeze(axes))
                 channels, size, hidden = channels * taps, squeezed(size, 1), hidden // taps
+                if chosen.get("factor_out"):
+                    kept = channels // 2
+                    if width := chosen.get("conditional_prior"):
+                        layers.append(ConditionalPrior(channels, kept, width, axes))
+                    inner = InvertibleSequential()
+                    layers.append(FactorOut(inner, kept))
+                    layers, channels = inner, channels - kept
+            if chosen.get("actnorm"):
+                layers.append(ActNorm(channels, axes=axes))
+            if chosen.get("mixing") and channels > 1:
+                layers.append(PointwiseConv(channels, axes))
             near_identity = zero_init_start is not None and pair > zero_init_start
-            self.layers.append(
+            layers.append(
                 MintPair(
                     channels,
                     size,
@@ -147,12 +194,14 @@ class MintNet(Chain):
                     context_network=context_network,
                 )
             )
+        if chosen.get("learned_base"):
+            self.layers.append(ActNorm(self.latent_shape[0], self.latent_shape[1:]))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W) of z, at the last scale."""
         channels, *size = self.image_shape
-        factor = 2 ** sum(isinstance(layer, Squeeze) for layer in self.layers)
+        factor = 2 ** sum(isinstance(layer, Squeeze) for layer in self.modules())
         return channels * factor ** len(size), *(side // factor for side in size)
 
     @classmethod
@@ -266,6 +315,24 @@ class MintNet(Chain):
         return temperature * torch.randn(
             n, *self.latent_shape, generator=generator, device=like.device, dtype=dtype
         )
+
+
+def _checked(parts: Parts) -> dict[str, Any]:
+    """Those that are on, as JSON takes them."""
+    known = Parts.__annotations__
+    if unknown := sorted(set(parts) - set(known)):
+        raise TypeError(f"MintNet has no argument {unknown[0]!r}; its parts are {sorted(known)}")
+    chosen: dict[str, Any] = {}
+    for name, value in parts.items():
+        if name in ("mixture", "conditional_prior"):
+            value = None if value is None else check_integer(name, value, least=1)
+        elif not isinstance(value, bool):
+            raise TypeError(f"{name} must be true or false, got {value!r}")
+        if value:
+            chosen[name] = value
+    if "conditional_prior" in chosen and "factor_out" not in chosen:
+        raise ValueError("conditional_prior is of what is factored out: give factor_out=True")
+    return chosen
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:

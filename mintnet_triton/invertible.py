@@ -18,7 +18,9 @@ from mintnet_triton.solvers import (
     LinearSolver,
     Solution,
     Solver,
+    log_abs_det,
     log_det_dtype,
+    max_error,
     relative_residual,
 )
 from mintnet_triton.views import in_dtype, tensors_of, twin, view_of
@@ -116,6 +118,33 @@ class Invertible(nn.Module):
         """The named stages from data to latent; a stage is its own only one, with no name."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Start the parameters that start from data, as those of an :class:`.ActNorm`.
+
+        Each stage in turn sees what the stages before it, so started, make of x. Mint layers stay
+        as they are, and where nothing starts from data, nothing is done. Call it once, before
+        training: with the same x in all processes, and before a wrapper of torch's copies or
+        divides the parameters.
+
+        Args:
+            x: (B, ...), a batch of at least two samples; some hundreds do well.
+            context: as the map takes it, one row a sample.
+
+        Raises:
+            TypeError, ValueError: as ``forward``, or fewer samples.
+        """
+        self.check("x", x, self.input_shape)
+        self.check_context(context, x)
+        if len(x) < 2:
+            raise ValueError(f"x must have at least two samples to start from, got {len(x)}")
+        stages = [stage for _, stage in given_stages(self, context)]
+        while stages and not stages[-1].starts_from_data:
+            stages.pop()
+        for stage in stages:
+            stage.start_from(x)
+            x, _ = stage._forward(x)
+
     def inverse(
         self, y: Tensor, solver: Solver | None = None, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -142,11 +171,16 @@ class Invertible(nn.Module):
 class Stage(Invertible):
     """An invertible map that is inverted in one go."""
 
+    starts_from_data = False  #: whether :meth:`start_from` does something
+
     def stages(self) -> Iterator[tuple[str, "Stage"]]:
         yield "", self
 
     def evaluator(self) -> Evaluator:
-        """x -> (y, diagonal), with all that depends on the parameters alone computed once."""
+        """x -> (y, diagonal), with all that depends on the parameters alone computed once.
+
+        The determinant of the Jacobian is the product of what stands for its diagonal.
+        """
         raise NotImplementedError
 
     def solve(
@@ -170,6 +204,26 @@ class Stage(Invertible):
         """What rounding in f(x) is relative to, shaped like x: the sum of absolute values."""
         raise NotImplementedError
 
+    def solve_exactly(
+        self, z: Tensor, x: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        """The solution x, known in closed form, with the residual it really has."""
+        y, diagonal = self.evaluator()(x)
+        residual = relative_residual(y, z)
+        rows, none = solver.rows, torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        return Solution(
+            x,
+            -log_abs_det(diagonal),
+            residual,
+            none,
+            none.bool(),
+            residual.repeat(rows, 1) if trace else None,
+            max_error(x, reference).repeat(rows, 1) if trace and reference is not None else None,
+        )
+
+    def start_from(self, x: Tensor) -> None:
+        """Start from the inputs x of this stage, in place, where that is its way; else nothing."""
+
     def tensors(self) -> dict[str, Tensor]:
         """All that the map depends on but x, by name, with gradients; computed once."""
         return tensors_of(self)
@@ -182,6 +236,10 @@ class Stage(Invertible):
         """The map for some samples of a batch, a mask or indices: itself, if it is one for all."""
         return self
 
+    def innermost(self, x: Tensor) -> tuple["Stage", Tensor]:
+        """The stage that does the work, and what it sees of x: itself, and all of x."""
+        return self, x
+
     def in_dtype(self, dtype: torch.dtype) -> Self:
         """A view in that dtype, without gradients."""
         return self.view(in_dtype(self.tensors(), dtype, detached=True))
@@ -189,6 +247,28 @@ class Stage(Invertible):
 
 class Reshaping(Stage):
     """A stage that only moves values: its inverse is exact and its log-det 0."""
+
+    def moved(self, x: Tensor) -> Tensor:
+        """Images of any number of channels, moved as x is."""
+        raise NotImplementedError
+
+    def moved_back(self, z: Tensor) -> Tensor:
+        """The inverse of :meth:`moved`."""
+        raise NotImplementedError
+
+    def channels_after(self, channels: int) -> int:
+        """What so many channels become."""
+        raise NotImplementedError
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.moved(x), _no_log_det(x)
+
+    def solve(
+        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
+    ) -> Solution:
+        none = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        nothing = _no_log_det(z)
+        return Solution(self.moved_back(z), nothing, z.new_zeros(len(z)), none, none.bool())
 
 
 class Chain(Invertible):
@@ -257,3 +337,7 @@ def as_invertible(name: str, module: nn.Module) -> Invertible:
         if inner is None:
             raise TypeError(f"{name} must be an Invertible, got {type(module).__name__}")
     return inner
+
+
+def _no_log_det(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], dtype=log_det_dtype(x))

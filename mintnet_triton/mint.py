@@ -666,7 +666,10 @@ class Squeeze(Reshaping):
     def input_shape(self) -> Shape:
         return (None,) * (1 + self.axes)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def channels_after(self, channels: int) -> int:
+        return int(2**self.axes) * channels
+
+    def moved(self, x: Tensor) -> Tensor:
         batch, colours, *size = x.shape
         if any(side % 2 for side in size):
             sides = ("length", "height and width", "depth, height and width")[self.axes - 1]
@@ -675,7 +678,17 @@ class Squeeze(Reshaping):
         by_tap = x.reshape(batch, colours, *(n for half in halves for n in (half, 2)))
         taps, pixels = (range(first, 2 * self.axes + 2, 2) for first in (3, 2))
         y = by_tap.permute(0, *taps, 1, *pixels)
-        return y.reshape(batch, 2**self.axes * colours, *halves), _no_log_det(x)
+        return y.reshape(batch, self.channels_after(colours), *halves)
+
+    def moved_back(self, z: Tensor) -> Tensor:
+        batch, channels, *size = z.shape
+        axes, taps = self.axes, 2**self.axes
+        if channels % taps:
+            raise ValueError(f"z must have a multiple of {taps} channels, got {tuple(z.shape)}")
+        by_tap = z.reshape(batch, *[2] * axes, channels // taps, *size)
+        pairs = (n for axis in range(1, axes + 1) for n in (1 + axes + axis, axis))
+        x = by_tap.permute(0, 1 + axes, *pairs)
+        return x.reshape(batch, channels // taps, *(2 * side for side in size))
 
     def context_after(self, context: Tensor | None) -> Tensor | None:
         """A map is averaged over the pixels that become one."""
@@ -686,21 +699,3 @@ class Squeeze(Reshaping):
             *context.shape[:2], *halves
         )  # torch's pooling has no 16 bits in 3-D
         return by_tap.mean(tuple(range(3, 3 + 2 * self.axes, 2)))
-
-    def solve(
-        self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
-    ) -> Solution:
-        batch, channels, *size = z.shape
-        axes, taps = self.axes, 2**self.axes
-        if channels % taps:
-            raise ValueError(f"z must have a multiple of {taps} channels, got {tuple(z.shape)}")
-        by_tap = z.reshape(batch, *[2] * axes, channels // taps, *size)
-        pairs = (n for axis in range(1, axes + 1) for n in (1 + axes + axis, axis))
-        x = by_tap.permute(0, 1 + axes, *pairs)
-        x = x.reshape(batch, channels // taps, *(2 * side for side in size))
-        steps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        return Solution(x, _no_log_det(z), z.new_zeros(len(z)), steps, steps.bool())
-
-
-def _no_log_det(x: Tensor) -> Tensor:
-    return x.new_zeros(x.shape[0], dtype=log_det_dtype(x))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.inverse import invert
-from mintnet_triton.invertible import Invertible, Stage, as_invertible, given_stages
+from mintnet_triton.invertible import Invertible, Reshaping, Stage, as_invertible, given_stages
 from mintnet_triton.ordering import Ordering
 from mintnet_triton.solvers import max_error, relative_residual
 
@@ -18,15 +18,16 @@ LOG_DET_TOLERANCE = 1e-9  # relative, in float64
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One triangular layer, in float64, the worst over the samples."""
+    """One layer, in float64, the worst over the samples."""
 
     name: str
-    above_diagonal: float  #: largest ``|entry|`` of the Jacobian that must be zero
+    #: largest ``|entry|`` of the Jacobian that must be zero; None where it need not be triangular
+    above_diagonal: float | None
     log_det_error: float  #: ``|log_det - slogdet of autograd's| / max(1, |log_det|)``
 
     @property
     def ok(self) -> bool:
-        return self.above_diagonal == 0 and self.log_det_error <= LOG_DET_TOLERANCE
+        return self.above_diagonal in (0, None) and self.log_det_error <= LOG_DET_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class VerifyReport:
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers) if self.layers else 5
         lines = [f"{'layer':<{width}}  above diagonal  log-det error"]
-        lines += [
-            f"{layer.name:<{width}}  {layer.above_diagonal:14.1e}  {layer.log_det_error:13.1e}"
-            f"{'' if layer.ok else '  WRONG'}"
-            for layer in self.layers
-        ]
+        for layer in self.layers:
+            above = "any" if layer.above_diagonal is None else f"{layer.above_diagonal:.1e}"
+            lines.append(
+                f"{layer.name:<{width}}  {above:>14}  {layer.log_det_error:13.1e}"
+                f"{'' if layer.ok else '  WRONG'}"
+            )
         lines.append(
             f"round trip: {int(self.converged.sum())} of {len(self.converged)} samples converged, "
             f"residual {_largest(self.residual):.1e}, error {_largest(self.round_trip_error):.1e}, "
@@ -71,8 +73,9 @@ class VerifyReport:
 def verify(model: Invertible, x: Tensor, context: Tensor | None = None) -> VerifyReport:
     """Check a layer, a pair, a network or anything of the calculus at x.
 
-    In float64, for every triangular layer at the input that it gets: autograd's Jacobian must be
-    exactly triangular in the layer's order, and its ``slogdet`` the layer's log-det. In the model's
+    In float64, for every layer at the input that it gets: the ``slogdet`` of autograd's Jacobian
+    must be the layer's log-det, and where the layer is a triangular map, the Jacobian exactly
+    triangular in its order. In the model's
     own dtype: ``model(x)`` must be what these layers give, so that no hook changes it, and the
     default solver must bring it back.
 
@@ -103,8 +106,8 @@ def verify(model: Invertible, x: Tensor, context: Tensor | None = None) -> Verif
     reports = []
     for name, stage in stages:
         exact = stage.in_dtype(torch.float64)
-        if isinstance(exact, TriangularMap):
-            reports.append(_verify_layer(name or type(stage).__name__, exact, point))
+        if not isinstance(exact, Reshaping):
+            reports.append(_verify_layer(name or type(stage).__name__, *exact.innermost(point)))
         with torch.no_grad():
             point, step_log_det = exact._forward(point)
             exact_log_det += step_log_det
@@ -125,18 +128,20 @@ def _relative(values: Tensor, exact: Tensor) -> Tensor:
     return (values - exact).abs() / exact.abs().clamp(min=1)
 
 
-def _jacobian(layer: TriangularMap, sample: Tensor, number: int) -> Tensor:
+def _jacobian(layer: Stage, sample: Tensor, number: int) -> Tensor:
     """Autograd's, of a layer at a sample of that number."""
     evaluate = layer.of_samples(torch.tensor([number], device=sample.device)).evaluator()
     jacobian = torch.func.jacrev(lambda v: evaluate(v[None])[0][0], chunk_size=64)(sample)
     return cast(Tensor, jacobian.detach().reshape(sample.numel(), sample.numel()))
 
 
-def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
+def _verify_layer(name: str, layer: Stage, x: Tensor) -> LayerReport:
     shape = x.shape[1:]
-    # A map that fits any order must be triangular both ways.
-    both = [Ordering(triangle="lower"), Ordering(triangle="upper")]
-    orderings = [layer.ordering] if layer.ordering else both
+    orderings: list[Ordering] = []
+    if isinstance(layer, TriangularMap):
+        # A map that fits any order must be triangular both ways.
+        both = [Ordering(triangle="lower"), Ordering(triangle="upper")]
+        orderings = [layer.ordering] if layer.ordering else both
     with torch.no_grad():
         log_dets = layer._forward(x)[1]
     above: list[Tensor] = []
@@ -149,7 +154,8 @@ def _verify_layer(name: str, layer: TriangularMap, x: Tensor) -> LayerReport:
         exact = torch.linalg.slogdet(jacobian)[1]
         errors.append(_relative(log_det, exact))
     # Unlike Python's, this max keeps a NaN.
-    return LayerReport(name, float(torch.stack(above).max()), float(torch.stack(errors).max()))
+    worst = float(torch.stack(above).max()) if above else None
+    return LayerReport(name, worst, float(torch.stack(errors).max()))
 
 
 def _largest(values: Tensor) -> float:

@@ -30,7 +30,7 @@ from mintnet_triton.recipes.objectives import Density, Objective, make_objective
 from mintnet_triton.recipes.processes import Processes, joined
 from mintnet_triton.recipes.recipe import Experiment, read_experiment
 from mintnet_triton.recipes.runs import RunError, RunFolder
-from mintnet_triton.recipes.training import TrainingResult, train
+from mintnet_triton.recipes.training import TrainingResult, start_from_data, train
 
 ALPHAS = [1.0, 0.5, 1 / 3.5]  # the last is the paper's for MNIST
 ITERATIONS = [1, 2, 3, 5, 8, 12, 20, 30, 50, 80]
@@ -82,6 +82,7 @@ def train_preset(
         _check_fits(experiment, data, preset)
         model = new_model(experiment).to(place)
         objective = make_objective(task, experiment.data)
+        start_from_data(model, data, objective, experiment.recipe)
         description = {"preset": preset, "model": model.arguments}
         first = Processes.current().first
         if first:

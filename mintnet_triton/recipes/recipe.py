@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from mintnet_triton.checks import check_integer, check_number
+from mintnet_triton.flow import Parts
 from mintnet_triton.presets import load_preset, model_arguments
 
 Schedule = Literal["cosine", "milestones"]
@@ -144,7 +145,7 @@ def read_experiment(preset: str, task: str, changes: Mapping[str, Any] | None = 
     recipe = load_preset(preset, training)
     recipe_names = {field.name for field in fields(Recipe)}
     model_names = {*model, "order", "kernel_size", "activation"}
-    model_names |= {"zero_init_start"} if task == "density" else {"width"}
+    model_names |= {"zero_init_start", *Parts.__annotations__} if task == "density" else {"width"}
     data_names = set(data) - {"channels", "image_size"}
     condition = False
     for name, value in (changes or {}).items():

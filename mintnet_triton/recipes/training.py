@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from mintnet_triton.checks import NonFiniteError, check_integer, check_number
+from mintnet_triton.invertible import Invertible
 from mintnet_triton.kernels.backend import compiling_heard
 from mintnet_triton.recipes.batches import (
     Batch,
@@ -31,7 +32,7 @@ from mintnet_triton.recipes.batches import (
     training_batches,
 )
 from mintnet_triton.recipes.data import ImageData, ImageSet
-from mintnet_triton.recipes.objectives import Classification, Objective
+from mintnet_triton.recipes.objectives import Classification, Density, Objective
 from mintnet_triton.recipes.processes import Processes, resident_memory
 from mintnet_triton.recipes.recipe import Recipe
 from mintnet_triton.recipes.runs import RunError, RunFolder
@@ -41,6 +42,9 @@ from mintnet_triton.step import NonFiniteStepError, Progress, TrainingStep
 
 #: a loss of so many bits per dimension, or nats, is taken for divergence
 DIVERGED = 100.0
+
+#: images that what starts from data sees
+START_IMAGES = 256
 
 #: steps from one row of the log to the next, when the host waits; a checkpoint brings one, too
 LOG_EVERY = 50
@@ -134,6 +138,31 @@ def train(
             return interrupted.is_set() or clock() > deadline
 
         return loop.run(checkpoint_every, must_stop)
+
+
+@torch.no_grad()
+def start_from_data(
+    model: nn.Module, data: ImageData, objective: Objective, recipe: Recipe
+) -> None:
+    """Start those parameters of a flow that start from data, on images of the first epoch.
+
+    The same in all processes, whatever their number; held-out images take no part.
+
+    Args:
+        model: on the device to train on; anything else than a flow stays as it is.
+        data, objective, recipe: as :func:`train` takes them.
+    """
+    if not isinstance(model, Invertible) or not isinstance(objective, Density):
+        return
+    if recipe.validation:
+        data, _ = data.hold_out(recipe.validation)
+    count = data.train.count()
+    size = START_IMAGES if count is None else min(START_IMAGES, count)
+    batch = next(training_batches(data.train, size, recipe.seed))
+    like = next(model.parameters())
+    inputs = objective.inputs(batch.images, batch.generators).to(like.device)
+    context = objective.context(batch.labels.to(like.device), like)
+    model.initialise(objective.logits(inputs, like)[0], context)
 
 
 class _Loop:

@@ -25,7 +25,7 @@ from mintnet_triton.classifier import MintClassifier
 from mintnet_triton.conv import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from mintnet_triton.flow import MintNet
 from mintnet_triton.hooks import HookError
-from mintnet_triton.images import ImagePreprocess, bits_per_dim
+from mintnet_triton.images import ImagePreprocess, bits_per_dim, variational_bits
 from mintnet_triton.inverse import InversionResult, NotConvergedError, invert
 from mintnet_triton.invertible import Invertible
 from mintnet_triton.kernels import Activation, BackendError, use_backend
@@ -34,6 +34,7 @@ from mintnet_triton.ordering import Ordering, OrderingError
 from mintnet_triton.parts import (
     ActNorm,
     ConditionalPrior,
+    Dequantiser,
     FactorOut,
     InvertibleSequential,
     LogisticMixture,
@@ -61,6 +62,7 @@ __all__ = [
     "CheckpointError",
     "Compose",
     "ConditionalPrior",
+    "Dequantiser",
     "Elementwise",
     "FactorOut",
     "FixedPoint",
@@ -109,5 +111,6 @@ __all__ = [
     "tune",
     "typicality",
     "use_backend",
+    "variational_bits",
     "verify",
 ]

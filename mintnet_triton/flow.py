@@ -23,6 +23,7 @@ from mintnet_triton.ordering import Order
 from mintnet_triton.parts import (
     ActNorm,
     ConditionalPrior,
+    Dequantiser,
     FactorOut,
     InvertibleSequential,
     LogisticMixture,
@@ -69,6 +70,7 @@ class Parts(TypedDict, total=False):
     factor_out: bool
     conditional_prior: int | None
     learned_base: bool
+    dequantiser: int | None
 
 
 class MintNet(Chain):
@@ -103,6 +105,8 @@ class MintNet(Chain):
         conditional_prior: hidden channels of a :class:`.ConditionalPrior` of what is factored out.
         learned_base: latents with a mean and a scale each that are learnt; in terms of z, an
             :class:`.ActNorm` of every variable after all else.
+        dequantiser: hidden units of a :class:`.Dequantiser` of images, for training by the bound of
+            :func:`.variational_bits`. It is no part of the map: all else is as without it.
 
     Parts beyond the paper, from ``mixture`` on, are off by default. Some start from data: call
     :meth:`initialise` before training.
@@ -196,6 +200,10 @@ class MintNet(Chain):
             )
         if chosen.get("learned_base"):
             self.layers.append(ActNorm(self.latent_shape[0], self.latent_shape[1:]))
+        self.dequantiser: Dequantiser | None = None
+        if hidden := chosen.get("dequantiser", 0):
+            channels, *sides = self.image_shape
+            self.dequantiser = Dequantiser(channels, sides, hidden, context=context)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -249,6 +257,29 @@ class MintNet(Chain):
         log_det: Tensor
         z, log_det = self(x) if context is None else self(x, context)
         return standard_normal_log_prob(z) + log_det
+
+    def dequantise(
+        self, values: Tensor, levels: int, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Put the noise of the flow's dequantiser in the place of uniform noise on images.
+
+        Args:
+            values, levels, context: as :class:`.Dequantiser` takes them: images with uniform noise,
+                not their logits.
+
+        Returns:
+            Images with the other noise, and the log-determinant (B,), without which the density of
+            the flow there is no bound.
+
+        Raises:
+            TypeError, ValueError: as :class:`.Dequantiser`; or the flow has none.
+        """
+        if self.dequantiser is None:
+            raise ValueError(
+                "the flow has no dequantiser: make it as MintNet(..., dequantiser=hidden units)"
+            )
+        found: tuple[Tensor, Tensor] = self.dequantiser(values, levels, context)
+        return found
 
     @torch.no_grad()
     def sample(
@@ -324,7 +355,7 @@ def _checked(parts: Parts) -> dict[str, Any]:
         raise TypeError(f"MintNet has no argument {unknown[0]!r}; its parts are {sorted(known)}")
     chosen: dict[str, Any] = {}
     for name, value in parts.items():
-        if name in ("mixture", "conditional_prior"):
+        if name in ("mixture", "conditional_prior", "dequantiser"):
             value = None if value is None else check_integer(name, value, least=1)
         elif not isinstance(value, bool):
             raise TypeError(f"{name} must be true or false, got {value!r}")

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from mintnet_triton.checks import check_integer, check_number, check_tensor, is_traced
 from mintnet_triton.flow import MintNet
+from mintnet_triton.noise import add_noise, holds_noise
 from mintnet_triton.presets import load_preset
 from mintnet_triton.solvers import log_det_dtype
 
 #: dimensions of a batch of series, images or volumes
 RANKS = (3, 4, 5)
-
-#: bits of the noise that are left beside the largest value of a pixel
-NOISE_BITS = 16
 
 # PyTorch has no order for these.
 _UNORDERED = (torch.uint16, torch.uint32, torch.uint64)
@@ -46,13 +44,13 @@ class ImagePreprocess(nn.Module):
         self.logit_lambda = check_number("logit_lambda", logit_lambda)
         if not 0 < self.logit_lambda < 0.5:
             raise ValueError(f"logit_lambda must be in (0, 0.5), got {logit_lambda}")
-        if not _holds_noise(torch.float64, self.levels):
+        if not holds_noise(torch.float64, self.levels):
             raise ValueError(f"levels must be at most 2**37, got {levels}")
 
     @property
     def values_dtype(self) -> torch.dtype:
         """What values v need: float32 up to 256 levels, which leaves room for noise, or float64."""
-        return torch.float32 if _holds_noise(torch.float32, self.levels) else torch.float64
+        return torch.float32 if holds_noise(torch.float32, self.levels) else torch.float64
 
     @classmethod
     def from_preset(cls, name: str) -> Self:
@@ -105,7 +103,7 @@ class ImagePreprocess(nn.Module):
             ValueError: dtype has no room for the noise.
         """
         dtype = self.values_dtype if dtype is None else dtype
-        if not _holds_noise(dtype, self.levels):
+        if not holds_noise(dtype, self.levels):
             raise ValueError(
                 f"dtype must be {self.values_dtype} for levels={self.levels}, so that noise is not "
                 f"rounded away, got {dtype}"
@@ -188,23 +186,6 @@ def _check_images(name: str, x: Tensor) -> None:
     check_tensor(name, x, [None] * (rank - 1), like=None)
 
 
-def _holds_noise(dtype: torch.dtype, levels: int) -> bool:
-    return dtype in (torch.float32, torch.float64) and (
-        levels * 2**NOISE_BITS <= 2 / torch.finfo(dtype).eps
-    )
-
-
-def add_noise(images: Tensor, noise: Tensor) -> Tensor:
-    """``images + noise`` in the dtype of the noise, never rounded up to ``images + 1``.
-
-    Args:
-        images: of an integer dtype.
-        noise: of the same shape, in [0, 1), float32 or float64.
-    """
-    pixels = images.to(noise.dtype)
-    return torch.minimum(pixels + noise, torch.nextafter(pixels + 1, pixels))
-
-
 def bits_per_dim(
     flow: MintNet,
     images: Tensor,
@@ -237,3 +218,47 @@ def bits_per_dim(
         math.log(2) * images.shape[1:].numel()
     )
     return bits
+
+
+def variational_bits(
+    flow: MintNet,
+    images: Tensor,
+    levels: int = 256,
+    logit_lambda: float = 0.05,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+    context: Tensor | None = None,
+) -> Tensor:
+    """Bits per dimension of images, bounded from above with the noise of the flow's dequantiser.
+
+    With one draw, the mean over the noise is the variational bound, which a dequantiser is trained
+    for. With more, it is the importance-weighted estimate, a bound that falls with the draws to the
+    bits of the integers themselves. Neither is what :func:`bits_per_dim` measures. (Ho et al.,
+    "Flow++", 2019, section 3.1; Burda et al., "Importance weighted autoencoders", 2016.)
+
+    Args:
+        flow: over logits, made with ``dequantiser=``.
+        images, levels, logit_lambda, generator, context: as of :func:`bits_per_dim`.
+        draws: of the noise, for each image.
+
+    Returns:
+        (B,), in bits.
+
+    Raises:
+        TypeError, ValueError: as :func:`bits_per_dim`; the flow has no dequantiser, or draws is
+            below 1.
+    """
+    draws = check_integer("draws", draws, least=1)
+    preprocess = ImagePreprocess(levels, logit_lambda)
+    like = next(flow.parameters())
+    exact = torch.promote_types(preprocess.values_dtype, log_det_dtype(like))
+    given = () if context is None else (context,)
+    log_probs = []
+    for _ in range(draws):
+        values = preprocess.dequantise(images, generator, exact)
+        values, noise_log_det = flow.dequantise(values, levels, *given)
+        x, log_det = preprocess.transform(values)
+        log_prob = flow.log_prob(x.to(like.dtype), *given) + noise_log_det
+        log_probs.append(log_prob + log_det.to(log_prob.dtype))
+    mean = torch.stack(log_probs).logsumexp(0) - math.log(draws)
+    return -mean / (math.log(2) * images.shape[1:].numel())

@@ -113,6 +113,19 @@ def test_the_curve_is_that_of_one_process(way: str, start: Start, tmp_path: Path
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("way", ["copies", "shards"])
+def test_a_dequantiser_is_trained_as_in_one_process(way: str, start: Start, tmp_path: Path) -> None:
+    """It is called before the flow itself, outside of what torch puts around that."""
+    command = train("density", "dequantiser=2")
+    shard = ["--shard"] if way == "shards" else []
+    processes = start([*command, *shard, "--out", str(tmp_path / "two")])
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    finish(processes)
+    assert_same_curves(tmp_path / "two", tmp_path / "one")
+    assert_same_weights(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.full
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(("name", "test"), [("cifar10", "test"), ("imagenet32", "validation")])
 def test_the_papers_flows_train_at_full_size(

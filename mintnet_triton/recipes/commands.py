@@ -26,7 +26,7 @@ from mintnet_triton.recipes.evaluation import (
     evaluate_inversion,
     evaluate_outliers,
 )
-from mintnet_triton.recipes.objectives import Density, Objective, make_objective
+from mintnet_triton.recipes.objectives import Density, Objective, make_objective, metric_of
 from mintnet_triton.recipes.processes import Processes, joined
 from mintnet_triton.recipes.recipe import Experiment, read_experiment
 from mintnet_triton.recipes.runs import RunError, RunFolder
@@ -293,7 +293,9 @@ def draw_run(
     """
     run = load_run(folder, checkpoint, device or default_device())
     drawn = {
-        "learning_curve": figures.learning_curve(RunFolder(folder).rows(), run.objective.metric)
+        "learning_curve": figures.learning_curve(
+            RunFolder(folder).rows(), metric_of(run.objective, run.model)
+        )
     }
     if isinstance(run.model, MintNet):
         flow, objective = _flow_of(run)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mintnet_triton.invertible import Invertible
 from mintnet_triton.mint import frozen
 from mintnet_triton.recipes.batches import evaluation_batches, generator
 from mintnet_triton.recipes.data import ImageData, Sample, Split
-from mintnet_triton.recipes.objectives import Density, Objective, Scores
+from mintnet_triton.recipes.objectives import Density, Objective, Scores, dequantising
 from mintnet_triton.scores import (
     entropy_estimate,
     likelihood_ratio,
@@ -22,6 +23,8 @@ from mintnet_triton.scores import (
     typicality,
 )
 from mintnet_triton.solvers import Solver, max_error
+
+Score = Callable[[Tensor, Tensor], Scores]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Evaluation:
     metric: Tensor  #: (draws, N), float64
     objective: Objective
     dimensions: int  #: of an image
+    #: (draws, N), float64: bits per dimension with the noise of a flow's dequantiser, if it has one
+    bound: Tensor | None = None
 
     def summary(self) -> dict[str, Any]:
         """What to report; a value that is not finite makes the means so, and is counted.
@@ -39,26 +44,40 @@ class Evaluation:
         For a density: ``bits_per_dim``, the mean over images and draws; ``standard_error`` over the
         images; ``standard_error_of_draws``, of the noise alone (None where there is one alone); and
         ``importance_weighted_bits_per_dim``, the bound ``-log2 mean_k p(v_k) / D`` with all draws,
-        which is never above ``bits_per_dim`` and nearer to the bits of the integers themselves.
+        which is never above ``bits_per_dim`` and nearer to the bits of the integers themselves. All
+        these are with uniform noise. Where the flow has a dequantiser, ``bits_bound`` is the mean
+        of the variational bound, with its ``bits_bound_standard_error`` over the images, and
+        ``bits_importance`` the importance-weighted one of it, with all draws.
         For a classifier: ``accuracy`` with its standard error, and ``loss`` in nats.
         """
         draws, images = self.metric.shape
+        finite = self.loss.isfinite()
+        if self.bound is not None:
+            finite &= self.bound.isfinite()
         name = self.objective.metric
         values: dict[str, Any] = {
             "images": images,
             "draws": draws,
-            "not_finite": int((~self.loss.isfinite()).sum()),
+            "not_finite": int((~finite).sum()),
             name: float(self.metric.mean()),
             "standard_error": _standard_error(self.metric.mean(0)),
         }
         if isinstance(self.objective, Density):
-            nats = self.metric * (math.log(2) * self.dimensions)
-            bound = -(torch.logsumexp(-nats, 0) - math.log(draws)) / (math.log(2) * self.dimensions)
             values["standard_error_of_draws"] = _standard_error(self.metric.mean(1))
-            values["importance_weighted_bits_per_dim"] = float(bound.mean())
+            values["importance_weighted_bits_per_dim"] = self._weighted(self.metric)
+            if self.bound is not None:
+                values["bits_bound"] = float(self.bound.mean())
+                values["bits_bound_standard_error"] = _standard_error(self.bound.mean(0))
+                values["bits_importance"] = self._weighted(self.bound)
         else:
             values["loss"] = float(self.loss.mean())
         return values
+
+    def _weighted(self, bits: Tensor) -> float:
+        """``-log2 mean_k 2^(-D bits_k) / D`` over the draws, of bits (draws, N); its mean."""
+        nats = bits * (math.log(2) * self.dimensions)
+        weighted = math.log(len(bits)) - torch.logsumexp(-nats, 0)
+        return float(weighted.mean()) / (math.log(2) * self.dimensions)
 
 
 def evaluate(
@@ -76,7 +95,8 @@ def evaluate(
     Args:
         model: as :mod:`.objectives` has it; it is judged in evaluation mode, and left as it was.
         split: what to judge it on.
-        objective: what to score.
+        objective: what to score. A density is scored with uniform noise, and where the flow has a
+            dequantiser, with its noise as well.
         draws: of the dequantisation noise, for each image.
         seed: of the noise.
         batch_size: images at once.
@@ -88,22 +108,37 @@ def evaluate(
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     metrics: list[Tensor] = []
+    bounds: list[Tensor] = []
+    score: Score = partial(objective.scores, model)
+    bounded: Score | None = None
+    if isinstance(objective, Density) and dequantising(model) is not None:
+        score, bounded = partial(objective.scores, model, uniform=True), score
     dimensions, training = 0, model.training
     model.eval()
     with frozen(model):
         for images, labels, indices in evaluation_batches(split, batch_size):
             dimensions = images[0].numel()
-            scores = []
+            scores, bound = [], []
             for draw in range(draws):
                 rngs = [generator(seed, "evaluation", draw, index) for index in indices]
                 inputs = objective.inputs(images, rngs).to(device)
-                scores.append(_scores(model, objective, inputs, labels.to(device)))
-            losses.append(torch.stack([score.loss.double().cpu() for score in scores]))
-            metrics.append(torch.stack([score.metric.double().cpu() for score in scores]))
+                scores.append(_scores(score, inputs, labels.to(device)))
+                if bounded is not None:
+                    bound.append(_scores(bounded, inputs, labels.to(device)).loss.double().cpu())
+            losses.append(torch.stack([one.loss.double().cpu() for one in scores]))
+            metrics.append(torch.stack([one.metric.double().cpu() for one in scores]))
+            if bound:
+                bounds.append(torch.stack(bound))
     model.train(training)
     if not losses:
         raise ValueError("the split has no images")
-    return Evaluation(torch.cat(losses, 1), torch.cat(metrics, 1), objective, dimensions)
+    return Evaluation(
+        torch.cat(losses, 1),
+        torch.cat(metrics, 1),
+        objective,
+        dimensions,
+        torch.cat(bounds, 1) if bounds else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -123,17 +158,16 @@ class _Relabelled:
         return self.split.count()
 
 
-def _scores(model: nn.Module, objective: Objective, inputs: Tensor, labels: Tensor) -> Scores:
+def _scores(score: Score, inputs: Tensor, labels: Tensor) -> Scores:
     """Scores, NaN for an image that the model cannot take."""
     try:
-        return objective.scores(model, inputs, labels)
+        return score(inputs, labels)
     except NonFiniteError:
         if len(inputs) == 1:
             nan = torch.full((1,), math.nan)
             return Scores(nan, nan)
         alone = [
-            _scores(model, objective, *pair)
-            for pair in zip(inputs.split(1), labels.split(1), strict=True)
+            _scores(score, *pair) for pair in zip(inputs.split(1), labels.split(1), strict=True)
         ]
         return Scores(*(torch.cat(values) for values in zip(*alone, strict=True)))
 
@@ -250,7 +284,8 @@ class _ImageDensity:
 
     def _bits(self, values: Tensor, label: int) -> Tensor:
         labels = torch.full((len(values),), label, device=values.device)
-        return self.objective.scores(self.flow, values, labels).loss.double()
+        scores = self.objective.scores(self.flow, values, labels, uniform=True)
+        return scores.loss.double()
 
 
 def evaluate_outliers(

@@ -202,7 +202,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
 
     Args:
         rows: of a run's log.
-        metric: "bits_per_dim" or "accuracy".
+        metric: "bits_per_dim", "bits_bound" or "accuracy".
     """
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
@@ -214,7 +214,8 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
     axis.set_xlabel("steps")
-    axis.set_ylabel("bits per dimension" if metric == "bits_per_dim" else metric)
+    names = {"bits_per_dim": "bits per dimension", "bits_bound": "bits per dimension, bound"}
+    axis.set_ylabel(names.get(metric, metric))
     axis.legend(frameon=False)
     return figure
 

@@ -5,7 +5,8 @@ The loop and the evaluation take any ``nn.Module`` that keeps to this:
 - for :class:`Density`, ``model(x)`` returns ``(z, log_det)``. x (B, C, H, W) are logits of images
   in the dtype of the parameters; z (B, ...), of C H W values a sample, is standard normal under
   the model; log_det (B,) is log|det dz/dx|. With classes, it is ``model(x, context)``, and
-  the context (B, classes) of an image is 1 at its label and 0 elsewhere.
+  the context (B, classes) of an image is 1 at its label and 0 elsewhere. A flow of this library
+  with a dequantiser is trained by the bound that it gives.
 - for :class:`Classification`, ``model(x)`` returns log-probabilities (B, classes). x (B, C, H, W)
   are images as numbers in [0, 1], less ``mean``, over ``std``.
 
@@ -23,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mintnet_triton.checks import check_integer
-from mintnet_triton.flow import standard_normal_log_prob
-from mintnet_triton.images import ImagePreprocess, add_noise
+from mintnet_triton.flow import MintNet, standard_normal_log_prob
+from mintnet_triton.images import ImagePreprocess
+from mintnet_triton.invertible import as_invertible
+from mintnet_triton.noise import add_noise
 from mintnet_triton.solvers import log_det_dtype
 
 
@@ -37,7 +40,11 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Density:
-    """Bits per dimension of dequantised images: the loss, and the metric."""
+    """Bits per dimension of dequantised images: the loss, and the metric.
+
+    Of a flow with a dequantiser they are those of the variational bound, and called
+    ``bits_bound``; ``bits_per_dim`` are those under uniform noise, of any model.
+    """
 
     levels: int = 256  #: values a pixel may take
     logit_lambda: float = 0.05  #: as in :class:`mintnet_triton.ImagePreprocess`
@@ -108,17 +115,28 @@ class Density:
         each = torch.arange(self.classes, device=labels.device)
         return (labels[:, None] == each).to(like)  # of its device, too
 
-    def scores(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Scores:
+    def scores(
+        self, model: nn.Module, inputs: Tensor, labels: Tensor, *, uniform: bool = False
+    ) -> Scores:
         """Bits per dimension, twice; without classes, labels are not looked at.
+
+        Args:
+            uniform: leave out a dequantiser, and take the noise of the inputs as it is.
 
         Raises:
             ValueError: as :meth:`context`.
         """
         like = next(model.parameters())
-        x, preprocess_log_det = self.logits(inputs, like)
         context = self.context(labels, like)
-        z, log_det = model(x) if context is None else model(x, context)
+        given = () if context is None else (context,)
+        flow = None if uniform else dequantising(model)
+        if flow is not None:
+            inputs, noise_log_det = flow.dequantise(inputs, self.levels, *given)
+        x, preprocess_log_det = self.logits(inputs, like)
+        z, log_det = model(x, *given)
         log_prob = standard_normal_log_prob(z) + log_det + preprocess_log_det
+        if flow is not None:
+            log_prob = log_prob + noise_log_det
         bits = -log_prob / (math.log(2) * inputs.shape[1:].numel())
         return Scores(bits, bits.detach())
 
@@ -157,6 +175,21 @@ def _check_labels(labels: Tensor, classes: int) -> None:
 
 
 Objective = Density | Classification
+
+
+def dequantising(model: nn.Module) -> MintNet | None:
+    """The flow itself, if the model is one with a dequantiser, whatever torch has put around it."""
+    try:
+        flow = as_invertible("model", model)
+    except TypeError:
+        return None
+    return flow if isinstance(flow, MintNet) and flow.dequantiser is not None else None
+
+
+def metric_of(objective: Objective, model: nn.Module) -> str:
+    """What the metric is called that ``objective.scores`` gives of a model."""
+    bounded = isinstance(objective, Density) and dequantising(model) is not None
+    return "bits_bound" if bounded else objective.metric
 
 
 def make_objective(task: str, data: dict[str, Any]) -> Objective:

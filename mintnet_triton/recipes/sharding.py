@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from mintnet_triton.flow import MintNet
 from mintnet_triton.mint import MintLayer
 
 
@@ -35,6 +36,8 @@ def shard(model: nn.Module) -> None:
             fully_shard(module, mesh=mesh)
     # What is left. The average is only ever evaluated, so no backward pass would let it go.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if isinstance(model, MintNet):  # whose layers are called before the flow itself is
+        register_fsdp_forward_method(model, "dequantise")
     model.register_forward_pre_hook(partial(_share_buffers, buffers))
 
 

@@ -32,7 +32,7 @@ from mintnet_triton.recipes.batches import (
     training_batches,
 )
 from mintnet_triton.recipes.data import ImageData, ImageSet
-from mintnet_triton.recipes.objectives import Classification, Density, Objective
+from mintnet_triton.recipes.objectives import Classification, Density, Objective, metric_of
 from mintnet_triton.recipes.processes import Processes, resident_memory
 from mintnet_triton.recipes.recipe import Recipe
 from mintnet_triton.recipes.runs import RunError, RunFolder
@@ -106,7 +106,8 @@ def train(
         resume: go on from the last checkpoint in the folder, if there is one.
         checkpoint_every: steps from one checkpoint to the next.
         keep: checkpoints to keep. The best is kept besides: by the loss on the held-out images, or,
-            with none, by the mean training loss since the checkpoint before.
+            with none, by the mean training loss since the checkpoint before. The loss of a flow
+            with a dequantiser is the variational bound, and the log calls it ``bits_bound``.
         tensorboard: also write the log for TensorBoard.
         sharded: divide weights, moments and averages among the processes (FSDP2), instead of
             copying them to each (DDP).
@@ -184,6 +185,7 @@ class _Loop:
         if recipe.validation:
             data, self.held_out = data.hold_out(recipe.validation)
         self.data, self.objective, self.recipe, self.folder = data, objective, recipe, folder
+        self.metric = metric_of(objective, model)
         self.description = {
             **description,
             "objective": {"task": objective.task, **_said(objective)},
@@ -288,7 +290,7 @@ class _Loop:
                 if warm is None or not self.update.settled:
                     warm = (state.step, state.seconds)
                 if done is not None:
-                    metric, (loss, mean) = self.objective.metric, done.values
+                    metric, (loss, mean) = self.metric, done.values
                     bar.set_postfix({metric: f"{mean:.3f}"}, refresh=False)
                     images = done.steps * recipe.batch_size
                     self._log(
@@ -426,7 +428,7 @@ class _Loop:
                 {
                     "step": state.step,
                     "validation_loss": score,
-                    f"validation_{self.objective.metric}": metric,
+                    f"validation_{self.metric}": metric,
                 }
             )
         best = score < state.best

@@ -72,7 +72,8 @@ def view_of(module: AnyModule, tensors: Mapping[str, Tensor]) -> AnyModule:
     for group in ("_parameters", "_buffers"):
         left = {name: one for name, one in getattr(module, group).items() if name not in own}
         view.__dict__[group] = left
-    view.__dict__["_modules"] = dict(module._modules)
+    # Without parametrizations: their values are here, and a view of this view has the right type.
+    view.__dict__["_modules"] = _children(module)
     for name, child in _children(module).items():
         start = f"{name}."
         inner = {

@@ -95,13 +95,14 @@ def _autocast_takes(x: Tensor, like: Tensor) -> bool:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether values are not known: in a graph (CUDA's, too), in ``torch.func``, or when faked.
+    """Whether values are not known: in a graph (CUDA's, too), in ``torch.func``, faked, or meta.
 
     Nor are they where :func:`unread` says so.
     """
     return (
         torch.compiler.is_compiling()
         or isinstance(x, FakeTensor)
+        or x.is_meta
         or get_proxy_mode() is not None
         or torch._C._get_tracing_state() is not None
         or bool(torch._C._functorch.peek_interpreter_stack())
@@ -160,6 +161,18 @@ def check_integer(name: str, value: Any, least: int) -> int:
     integer = operator.index(scalar)
     if integer < least:
         raise ValueError(f"{name} must be at least {least}, got {integer}")
+    return integer
+
+
+def check_axes(axes: Any) -> int:
+    """``axes`` of images as a Python integer: 1, 2 or 3.
+
+    Raises:
+        TypeError, ValueError: it is none of them.
+    """
+    integer = check_integer("axes", axes, least=1)
+    if integer > 3:
+        raise ValueError(f"axes must be 1, 2 or 3, got {integer}")
     return integer
 
 

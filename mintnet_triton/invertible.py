@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.checks import NonFiniteError, check_tensor
+from mintnet_triton.checks import NonFiniteError, check_finite, check_tensor
 from mintnet_triton.context import check_context
 from mintnet_triton.solvers import (
     Evaluator,
@@ -132,18 +132,21 @@ class Invertible(nn.Module):
             context: as the map takes it, one row a sample.
 
         Raises:
-            TypeError, ValueError: as ``forward``, or fewer samples.
+            TypeError, ValueError: as ``forward``; fewer samples; or what would start from data is
+                computed, by a parametrization or pruning.
         """
         self.check("x", x, self.input_shape)
         self.check_context(context, x)
-        if len(x) < 2:
-            raise ValueError(f"x must have at least two samples to start from, got {len(x)}")
-        stages = [stage for _, stage in given_stages(self, context)]
-        while stages and not stages[-1].starts_from_data:
+        stages = list(given_stages(self, context))
+        while stages and not stages[-1][1].starts_from_data:
             stages.pop()
-        for stage in stages:
+        if stages and len(x) < 2:
+            raise ValueError(f"x must have at least two samples to start from, got {len(x)}")
+        for name, stage in stages:
+            check_finite(f"x, on its way into {name!r},", x)
+            _check_stored(name, stage.innermost(x)[0])
             stage.start_from(x)
-            x, _ = stage._forward(x)
+            x, _ = stage.view(stage.tensors())._forward(x)
 
     def inverse(
         self, y: Tensor, solver: Solver | None = None, context: Tensor | None = None
@@ -208,12 +211,13 @@ class Stage(Invertible):
         self, z: Tensor, x: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
         """The solution x, known in closed form, with the residual it really has."""
-        y, diagonal = self.evaluator()(x)
-        residual = relative_residual(y, z)
+        # In float64: rounding of this dtype may hide what is left.
+        y, diagonal = self.in_dtype(torch.float64).evaluator()(x.double())
+        residual = relative_residual(y, z.double()).to(z.dtype)
         rows, none = solver.rows, torch.zeros(len(z), dtype=torch.int64, device=z.device)
         return Solution(
             x,
-            -log_abs_det(diagonal),
+            -log_abs_det(diagonal).to(log_det_dtype(z)),
             residual,
             none,
             none.bool(),
@@ -320,6 +324,16 @@ def given_stages(module: Invertible, context: Tensor | None) -> Iterator[tuple[s
     for name, stage in module.stages():
         yield name, stage.given(context)
         context = stage.context_after(context)
+
+
+def _check_stored(name: str, stage: Stage) -> None:
+    """Raise where something would be started that is computed anew at the next call."""
+    stored = {one for one, _ in (*stage.named_parameters(), *stage.named_buffers())}
+    if stage.starts_from_data and stage.tensors().keys() != stored:
+        raise TypeError(
+            f"{name or 'the map'} ({type(stage).__name__}) has parameters that are computed, by a "
+            "parametrization or pruning: initialise it before"
+        )
 
 
 def as_invertible(name: str, module: nn.Module) -> Invertible:

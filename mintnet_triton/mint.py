@@ -13,8 +13,8 @@ from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.checks import (
     as_kernel_sizes,
     as_size,
+    check_axes,
     check_finite,
-    check_integer,
     check_positive,
 )
 from mintnet_triton.context import ContextLinear, ContextNetwork, check_maker, make_network
@@ -658,9 +658,7 @@ class Squeeze(Reshaping):
 
     def __init__(self, axes: int = 2) -> None:
         super().__init__()
-        self.axes = check_integer("axes", axes, least=1)
-        if self.axes > 3:
-            raise ValueError(f"axes must be 1, 2 or 3, got {axes}")
+        self.axes = check_axes(axes)
 
     @property
     def input_shape(self) -> Shape:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from mintnet_triton.calculus import TriangularMap
-from mintnet_triton.checks import as_size, check_positive
+from mintnet_triton.checks import as_size, check_axes, check_positive
 from mintnet_triton.hooks import run_weight_hooks
 from mintnet_triton.invertible import Shape
-from mintnet_triton.solvers import Evaluator, Solution, Solver
+from mintnet_triton.solvers import Evaluator, Solution, Solver, rounded
 
 #: a deviation below this, relative to the mean, is rounding: such a variable keeps its scale
 STEADY = 1e-6
@@ -45,10 +45,10 @@ class ActNorm(TriangularMap):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        channels, axes = check_positive(channels=channels, axes=axes)
+        (self.channels,), axes = check_positive(channels=channels), check_axes(axes)
         self.ordering = None
         self._size: Shape = (None,) * axes if size is None else as_size("size", size)
-        shape = channels, *(side or 1 for side in self._size)
+        shape = self.channels, *(side or 1 for side in self._size)
         self.shift = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
@@ -59,7 +59,7 @@ class ActNorm(TriangularMap):
 
     @property
     def input_shape(self) -> Shape:
-        return len(self.shift), *self._size
+        return self.channels, *self._size
 
     def evaluator(self) -> Evaluator:
         run_weight_hooks(self)
@@ -69,8 +69,8 @@ class ActNorm(TriangularMap):
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        run_weight_hooks(self)
-        x = z * (-self.log_scale).exp() - self.shift
+        exact = self.in_dtype(torch.float64)
+        x = rounded(z.double() * (-exact.log_scale).exp() - exact.shift, z.dtype)
         return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
 
     def start_from(self, x: Tensor) -> None:

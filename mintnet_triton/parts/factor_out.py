@@ -7,9 +7,9 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.checks import check_integer, check_positive
+from mintnet_triton.checks import check_axes, check_integer, check_positive
 from mintnet_triton.hooks import run_weight_hooks
-from mintnet_triton.invertible import Invertible, Reshaping, Shape, Stage
+from mintnet_triton.invertible import Invertible, Reshaping, Shape, Stage, as_invertible
 from mintnet_triton.solvers import (
     Evaluator,
     LinearSolver,
@@ -17,6 +17,7 @@ from mintnet_triton.solvers import (
     Solver,
     log_det_dtype,
     relative_residual,
+    rounded,
 )
 
 #: what a prior's log-scale is kept within: none may be so narrow that its inverse is not exact
@@ -38,34 +39,37 @@ class FactorOut(Invertible):
         ValueError, TypeError: an argument outside its range.
     """
 
-    def __init__(self, inner: Invertible, kept: int) -> None:
+    def __init__(self, inner: nn.Module, kept: int) -> None:
         super().__init__()
-        if not isinstance(inner, Invertible):
-            raise TypeError(f"inner must be an Invertible, got {type(inner).__name__}")
+        as_invertible("inner", inner)
         self.inner = inner
         self.kept = check_integer("kept", kept, least=1)
 
     @property
+    def _map(self) -> Invertible:
+        return as_invertible("inner", self.inner)
+
+    @property
     def context(self) -> int | None:  # type: ignore[override]  # that of the map inside
-        return self.inner.context
+        return self._map.context
 
     @property
     def input_shape(self) -> Shape | None:
-        return _beside(self.inner.input_shape, self.kept)
+        return _beside(self._map.input_shape, self.kept)
 
     @property
     def output_shape(self) -> Shape | None:
-        shape, kept = self.inner.output_shape, self.kept
+        shape, kept = self._map.output_shape, self.kept
         for reshaping in self._reshapings():
             kept = reshaping.channels_after(kept)
         return _beside(shape, kept)
 
     def context_after(self, context: Tensor | None) -> Tensor | None:
-        return self.inner.context_after(context)
+        return self._map.context_after(context)
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
         kept = self.kept
-        for name, stage in self.inner.stages():
+        for name, stage in self._map.stages():
             name = f"inner.{name}" if name else "inner"
             if isinstance(stage, Reshaping):
                 yield name, _BesideReshaping(stage, kept)
@@ -74,7 +78,7 @@ class FactorOut(Invertible):
                 yield name, _Beside(stage, kept)
 
     def _reshapings(self) -> list[Reshaping]:
-        return [stage for _, stage in self.inner.stages() if isinstance(stage, Reshaping)]
+        return [stage for _, stage in self._map.stages() if isinstance(stage, Reshaping)]
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x[:, : self.kept], x[:, self.kept :]
@@ -243,9 +247,8 @@ class ConditionalPrior(Stage):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.channels, self.kept, width, self.axes = check_positive(
-            channels=channels, kept=kept, width=width, axes=axes
-        )
+        self.channels, self.kept, width = check_positive(channels=channels, kept=kept, width=width)
+        self.axes = check_axes(axes)
         if not self.kept < self.channels:
             raise ValueError(f"kept must be below channels={channels}, got {kept}")
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.axes - 1]
@@ -292,7 +295,6 @@ class ConditionalPrior(Stage):
         return evaluate
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        run_weight_hooks(self)
         a, b = x[:, : self.kept], x[:, self.kept :]
         mean, log_scale = self._prior(b)
         log_det = -log_scale.to(log_det_dtype(x)).flatten(1).sum(1)
@@ -301,10 +303,10 @@ class ConditionalPrior(Stage):
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        run_weight_hooks(self)
-        a, b = z[:, : self.kept], z[:, self.kept :]
-        mean, log_scale = self._prior(b)
-        x = torch.cat([a * log_scale.exp() + mean, b], 1)
+        exact = z.double()
+        a, b = exact[:, : self.kept], exact[:, self.kept :]
+        mean, log_scale = self.in_dtype(torch.float64)._prior(b)
+        x = rounded(torch.cat([a * log_scale.exp() + mean, b], 1), z.dtype)
         return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:

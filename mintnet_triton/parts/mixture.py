@@ -7,6 +7,7 @@ a single hump, which is what a normal latent asks for.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,14 @@ from mintnet_triton.calculus import TriangularMap
 from mintnet_triton.checks import as_size, check_integer, check_positive
 from mintnet_triton.hooks import run_weight_hooks
 from mintnet_triton.invertible import Shape
-from mintnet_triton.solvers import Evaluator, Solution, Solver, log_det_dtype
+from mintnet_triton.solvers import Evaluator, Solution, Solver, log_det_dtype, rounded
 
 #: of a logistic variable, so that y has deviation 1 where x is distributed as the mixture
 TO_UNIT = math.sqrt(3) / math.pi
 #: least scale that a start gives a component, where data are all alike
 LEAST_START = 1e-2
-#: most halvings of a bracket, each with a step of Newton's method: float64 has 53 bits
-HALVINGS = 100
+#: most steps of Newton's method or bisection: more than enough to halve any bracket of float64
+MOST_STEPS = 300
 
 
 class LogisticMixture(TriangularMap):
@@ -59,7 +60,8 @@ class LogisticMixture(TriangularMap):
         (channels,) = check_positive(channels=channels)
         components = check_integer("components", components, least=1)
         self.ordering = None
-        shape = channels, *as_size("size", size), components
+        self._shape = (channels, *as_size("size", size))
+        shape = *self._shape, components
         self.mean, self.log_scale, self.logits = (
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for _ in range(3)
         )
@@ -75,7 +77,7 @@ class LogisticMixture(TriangularMap):
 
     @property
     def input_shape(self) -> Shape:
-        return tuple(self.mean.shape[:-1])
+        return self._shape
 
     def evaluator(self) -> Evaluator:
         run_weight_hooks(self)
@@ -98,39 +100,44 @@ class LogisticMixture(TriangularMap):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Between components far from each other slopes are below what float32 can say.
-        run_weight_hooks(self)
         y, log_slope = self._map(x)
         return y, log_slope.to(log_det_dtype(x)).flatten(1).sum(1)
 
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        run_weight_hooks(self)
         exact = self.in_dtype(torch.float64)
-        x = exact._quantile(z.double()).to(z.dtype)
-        return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
+        x = rounded(exact._quantile(z.double()), z.dtype)
+        solution = self.solve_exactly(z, x, solver, trace=trace, reference=reference)
+        _, log_det = exact._forward(x.double())
+        return replace(solution, log_det=-log_det.to(log_det_dtype(z)))
 
     def _quantile(self, z: Tensor) -> Tensor:
         """x with y(x) = z, for all of float64."""
         # logit F is between the least and the greatest of (x - mean_k) / scale_k.
         ends = self.mean + self.log_scale.exp() * (z / TO_UNIT).unsqueeze(-1)
-        low, high = ends.aminmax(dim=-1)
-        x = (low + high) / 2
-        for _ in range(HALVINGS):
+        largest = torch.finfo(z.dtype).max / 2  # so that the sum of both is finite
+        low, high = ends.clamp(-largest, largest).aminmax(dim=-1)
+        x, last = (low + high) / 2, (high - low) / 2
+        for _ in range(MOST_STEPS):
             y, log_slope = self._map(x)
             low, high = torch.where(y < z, x, low), torch.where(y < z, high, x)
             newton = x - (y - z) * (-log_slope).exp()
-            inside = (newton > low) & (newton < high)
-            following = torch.where(inside, newton, (low + high) / 2)
+            # As long as it is well inside, and steps become shorter as fast as by halving.
+            taken = (newton >= low) & (newton <= high) & ((newton - x).abs() <= last / 2)
+            following = torch.where(taken, newton, (low + high) / 2)
             if bool((following == x).all()):
                 break
-            x = following
+            x, last = following, (following - x).abs()
         return x
 
     def start_from(self, x: Tensor) -> None:
         components = self.mean.shape[-1]
         places = (torch.arange(components, device=x.device, dtype=torch.float64) + 0.5) / components
-        quantiles = torch.quantile(x.double(), places, dim=0).movedim(0, -1)
+        # torch.quantile knows small tensors alone.
+        ordered, at = x.double().sort(0).values, places * (len(x) - 1)
+        low, high = ordered[at.floor().long()], ordered[at.ceil().long()]
+        quantiles = torch.lerp(low.movedim(0, -1), high.movedim(0, -1), at.frac())
         self.mean.copy_(quantiles)
         gaps = quantiles.diff(dim=-1)
         if components > 1:  # as wide as the wider of the gaps beside it

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from mintnet_triton.checks import check_positive
+from mintnet_triton.checks import check_axes, check_positive
 from mintnet_triton.hooks import run_weight_hooks
 from mintnet_triton.invertible import Shape, Stage
-from mintnet_triton.solvers import Evaluator, LinearSolver, Solution, Solver, log_det_dtype
+from mintnet_triton.solvers import Evaluator, LinearSolver, Solution, Solver, log_det_dtype, rounded
 
 
 class PointwiseConv(Stage):
@@ -36,7 +36,7 @@ class PointwiseConv(Stage):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.channels, self.axes = check_positive(channels=channels, axes=axes)
+        (self.channels,), self.axes = check_positive(channels=channels), check_axes(axes)
         self.lower, self.upper = (
             nn.Parameter(torch.empty(channels, channels, device=device, dtype=dtype))
             for _ in range(2)
@@ -68,26 +68,31 @@ class PointwiseConv(Stage):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L and U with their diagonals, (C, C)."""
-        lower = self.lower.tril(-1) + torch.eye(
-            self.channels, device=self.lower.device, dtype=self.lower.dtype
-        )
-        return lower, self.upper.triu(1) + (self.sign * self.log_scale.exp()).diag()
+        return self._factors(self.log_scale)
 
     def weight(self) -> Tensor:
         """W, (C, C)."""
-        lower, upper = self.factors()
+        return self._weight(self.log_scale)
+
+    def _factors(self, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        lower = self.lower
+        ones = torch.eye(self.channels, device=lower.device, dtype=lower.dtype)
+        return lower.tril(-1) + ones, self.upper.triu(1) + (self.sign * log_scale.exp()).diag()
+
+    def _weight(self, log_scale: Tensor) -> Tensor:
+        lower, upper = self._factors(log_scale)
         return (lower @ upper)[self.order]
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        run_weight_hooks(self)
-        y = (self.weight() @ x.flatten(2)).view_as(x)
-        pixels = x.shape[2:].numel()
-        log_det = pixels * self.log_scale.to(log_det_dtype(x)).sum()
-        return y, log_det.expand(len(x))
+        log_scale = self.log_scale
+        y = (self._weight(log_scale) @ x.flatten(2)).view_as(x)
+        log_det = x.shape[2:].numel() * log_scale.to(log_det_dtype(x)).sum()
+        return y, log_det.expand(x.shape[0])
 
     def evaluator(self) -> Evaluator:
         run_weight_hooks(self)
-        weight, slope = self.weight(), self.log_scale.exp().view(-1, *[1] * self.axes)
+        log_scale = self.log_scale
+        weight, slope = self._weight(log_scale), log_scale.exp().view(-1, *[1] * self.axes)
         return lambda x: ((weight @ x.flatten(2)).view_as(x), slope.expand_as(x))
 
     def _solve(self, z: Tensor) -> Tensor:
@@ -100,11 +105,10 @@ class PointwiseConv(Stage):
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
     ) -> Solution:
-        run_weight_hooks(self)
-        return self.solve_exactly(z, self._solve(z), solver, trace=trace, reference=reference)
+        x = rounded(self.in_dtype(torch.float64)._solve(z.double()), z.dtype)
+        return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
-        run_weight_hooks(self)
         if not transpose:
             return self._solve
         lower, upper = self.factors()
@@ -118,7 +122,9 @@ class PointwiseConv(Stage):
         return solve
 
     def magnitude(self, x: Tensor) -> Tensor:
-        return (self.weight().abs() @ x.abs().flatten(2)).view_as(x) + 1
+        # Of the factors, for W itself is rounded relative to them.
+        lower, upper = (one.abs() for one in self.factors())
+        return ((lower @ upper)[self.order] @ x.abs().flatten(2)).view_as(x) + 1
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, axes={self.axes}"

@@ -1,7 +1,7 @@
 """Invertible maps one after the other, as ``nn.Sequential`` has modules."""
 
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 from torch import nn
 
@@ -32,5 +32,11 @@ class InvertibleSequential(Chain, nn.Sequential):
     def output_shape(self) -> Shape | None:
         return as_invertible("the last map", self[-1]).output_shape if len(self) else None
 
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return type(self)(*list(self)[index])
+        return super().__getitem__(index)
+
     def steps(self) -> Iterable[tuple[str, Invertible]]:
-        return cast(Iterator[tuple[str, Invertible]], self.named_children())
+        # One map may be there several times.
+        return cast(Iterable[tuple[str, Invertible]], self._modules.items())

@@ -155,6 +155,8 @@ def start_from_data(
     """
     if not isinstance(model, Invertible) or not isinstance(objective, Density):
         return
+    if not any(stage.starts_from_data for _, stage in model.stages()):
+        return  # and no stream is read for nothing
     if recipe.validation:
         data, _ = data.hold_out(recipe.validation)
     count = data.train.count()

@@ -40,7 +40,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     from mintnet_triton.recipes.commands import train_preset
     from mintnet_triton.recipes.recipe import parse_change
 
-    data = options.data or options.preset
+    data = options.data or options.preset.removesuffix("+")
     if data not in DATA:
         raise ValueError(f"no data are called as preset {data!r}: give --data, one of {DATA}")
     out = options.out or Path("out") / f"{options.preset}-{options.task}"
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a preset's model, with checkpoints")
     train.add_argument("task", choices=("density", "classify"))
     train.add_argument("--preset", required=True, help="mnist, cifar10, ...: model and recipe")
-    train.add_argument("--data", choices=DATA, help="by default, of the preset's name")
+    train.add_argument("--data", choices=DATA, help="by default, of the preset's name, without a +")
     train.add_argument("--out", type=Path, help="folder of the run; default out/PRESET-TASK")
     train.add_argument(
         "--set",

@@ -1,4 +1,8 @@
-"""Models and how they are trained, one TOML file a data set: the paper's, and small ones."""
+"""Models and how they are trained, one TOML file a data set: the paper's, and small ones.
+
+A name with a ``+`` is that of the same model and data with what pays beyond the paper: its file has
+what differs from the plain one.
+"""
 
 import tomllib
 from importlib.resources import files
@@ -21,7 +25,7 @@ def load_preset(name: str, section: str) -> dict[str, Any]:
 
     Args:
         name: "mnist", "cifar10" or "imagenet32" of the paper; "digits", "mnist5k", "fashion" or
-            "patches".
+            "patches"; with a "+", what there is beyond the paper.
         section: "data", "density", "density_training", "classifier" or "classifier_training".
 
     Raises:
@@ -36,6 +40,9 @@ def load_preset(name: str, section: str) -> dict[str, Any]:
     if name not in names:
         raise ValueError(f"name must be one of the presets {names}, got {name!r}")
     preset = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
+    if name.endswith("+"):
+        plain = load_preset(name.removesuffix("+"), section)
+        return {**plain, **preset.get(section, {})}
     if section not in preset:
         raise ValueError(f"preset {name!r} has no {section} section, only {sorted(preset)}")
     return dict(preset[section])

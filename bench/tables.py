@@ -1,10 +1,11 @@
-"""Mint models and their rivals on equal terms: ``python -m bench.tables density|classify``.
+"""Mint models and rivals on equal terms: ``python -m bench.tables density|ablation|classify``.
 
 Table 2 of the paper compares flows, Table 1 a classifier with a ResNet. Here every model has about
 as many parameters as the preset's Mint model, and is trained by the same loop on the same images:
 at every learning rate of one grid with the first seed, then with the other seeds at the best rate.
 Images held out of training choose that rate, and the best checkpoint of a run; the test images are
-only looked at for the table.
+only looked at for the table. An ablation compares the paper's Mint model with those that have one
+part more, and with all that pay; it and the table of flows have them at the plain model's size.
 
 Flows get the same time, at constant rates and with their weights averaged, so that no schedule has
 to know how many steps the time will do. Time is that of one core, which a run has to itself: it is
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,35 +46,50 @@ from mintnet_triton.recipes.state import TrainingState
 from mintnet_triton.recipes.training import DivergedError, start_from_data, train
 
 MINT = "mint"
+PLUS = "mint+"  # with what the preset of that name adds
 RESNET = "resnet"
 RATES = (1e-3, 3e-3, 1e-2)
 CHECKPOINT_EVERY = 100  # steps from one look at the held-out images to the next
+
+
+#: Mint models with one part each, by what differs from the preset
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mint+actnorm": {"actnorm": True},
+    "mint+mixing": {"mixing": True},
+    "mint+factor_out": {"factor_out": True},
+    "mint+prior": {"factor_out": True, "conditional_prior": 16},
+    "mint+learned_base": {"learned_base": True},
+    "mint+mixture": {"mixture": 8},
+}
 
 
 @dataclass(frozen=True)
 class Contest:
     """Who takes part in a table, and on which terms."""
 
+    task: str  #: "density" or "classify"
     models: tuple[str, ...]
     minutes: float | None  #: of training, for each run; None: as long as the preset says
     draws: int  #: of the noise, for each test image
     changes: dict[str, Any]  #: of the preset
 
 
+_FLOWS: dict[str, Any] = {
+    "task": "density",
+    "minutes": 5.0,
+    "draws": 5,
+    "changes": {
+        "batch_size": 64,
+        "steps": 10**9,  # time ends a run
+        "schedule": "milestones",  # with none: a constant rate
+        "milestones": [],
+        "average": 0.99,
+    },
+}
 CONTESTS = {
-    "density": Contest(
-        models=(MINT, *PEERS),
-        minutes=5.0,
-        draws=5,
-        changes={
-            "batch_size": 64,
-            "steps": 10**9,  # time ends a run
-            "schedule": "milestones",  # with none: a constant rate
-            "milestones": [],
-            "average": 0.99,
-        },
-    ),
-    "classify": Contest(models=(MINT, RESNET), minutes=None, draws=1, changes={}),
+    "density": Contest(models=(MINT, PLUS, *PEERS), **_FLOWS),
+    "ablation": Contest(models=(MINT, PLUS, *VARIANTS), **_FLOWS),
+    "classify": Contest(task="classify", models=(MINT, RESNET), minutes=None, draws=1, changes={}),
 }
 
 
@@ -84,7 +100,7 @@ class OtherTermsError(ValueError):
 class Job(NamedTuple):
     """A run to be made."""
 
-    task: str
+    contest: str
     data: DataName
     model: str
     rate: float
@@ -93,10 +109,37 @@ class Job(NamedTuple):
     changes: dict[str, Any]  #: of the preset
 
 
+def as_large(experiment: Experiment, count: int) -> Experiment:
+    """With so many hidden units that its Mint model has about that many parameters."""
+
+    def missing(hidden: int) -> int:
+        changed = replace(experiment, model={**experiment.model, "hidden": hidden})
+        with torch.device("meta"):
+            return abs(count_parameters(new_model(changed)) - count)
+
+    first = int(experiment.model["hidden"])
+    hidden = min(range(first // 2, 2 * first + 1), key=missing)
+    return replace(experiment, model={**experiment.model, "hidden": hidden})
+
+
+def read(job: Job) -> Experiment:
+    """What a job trains: a Mint model, or the plain one whose size its rival has."""
+    task = CONTESTS[job.contest].task
+    changes = {**job.changes, "seed": job.seed, "learning_rate": job.rate}
+    plain = read_experiment(job.data, task, changes)
+    if job.model == PLUS:
+        own = read_experiment(f"{job.data}+", task, changes)
+    elif job.model in VARIANTS:
+        own = read_experiment(job.data, task, {**changes, **VARIANTS[job.model]})
+    else:
+        return plain
+    return as_large(own, count_parameters(new_model(plain)))
+
+
 def build(name: str, experiment: Experiment) -> nn.Module:
-    """A model by its name; all are as large as the experiment's Mint model."""
+    """A model by its name; rivals are as large as the experiment's Mint model."""
     mint = new_model(experiment)
-    if name == MINT:
+    if name in (MINT, PLUS, *VARIANTS):
         return mint
     torch.manual_seed(experiment.recipe.seed)
     np.random.seed(experiment.recipe.seed)
@@ -124,12 +167,10 @@ def entrants(task: str, data: DataName) -> list[str]:
 
 def run(job: Job) -> dict[str, Any]:
     """Train one model and judge it; what diverged or is not finite has no score."""
-    changes = {**job.changes, "seed": job.seed, "learning_rate": job.rate}
-    experiment = read_experiment(job.data, job.task, changes)
+    experiment, task = read(job), CONTESTS[job.contest].task
     data = load_images(job.data)
     model, recipe = build(job.model, experiment), experiment.recipe
-    objective = make_objective(job.task, experiment.data)
-    start_from_data(model, data, objective, recipe)
+    objective = make_objective(task, experiment.data)
     facts: dict[str, Any] = {
         "model": job.model,
         "rate": job.rate,
@@ -142,6 +183,7 @@ def run(job: Job) -> dict[str, Any]:
         folder = RunFolder(Path(where))
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # the bars of many runs at once
+                start_from_data(model, data, objective, recipe)
                 train(
                     model,
                     data,
@@ -164,7 +206,7 @@ def run(job: Job) -> dict[str, Any]:
         state = TrainingState.start(model, recipe)
         state.load_state_dict(folder.load("best"))
     facts |= {"best_step": state.step, "validation_loss": state.best}
-    found = evaluate(state.evaluated(), data.test, objective, CONTESTS[job.task].draws)
+    found = evaluate(state.evaluated(), data.test, objective, CONTESTS[job.contest].draws)
     if not found.loss.isfinite().all():
         wrong = int((~found.loss.isfinite()).any(0).sum())
         return {**facts, "diverged": f"not finite on {wrong} test images"}
@@ -172,7 +214,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def run_all(
-    task: str,
+    name: str,
     data_name: DataName,
     path: Path,
     pool: Executor,
@@ -185,36 +227,37 @@ def run_all(
     """Make the runs that the file lacks, and write it after each.
 
     Args:
-        task: "density" or "classify".
+        name: of the contest: "density", "ablation" or "classify".
         data_name: of a data set and of the preset for it.
         path: of the file.
         pool: makes the runs, several at once perhaps.
         minutes: of a core, for each run; None: as long as the preset says.
         seeds: of initial values, order and noise; all rates are tried with the first.
         rates: learning rates of Adam.
-        models: by name: "mint", and keys of :data:`PEERS` or "resnet".
+        models: by name: "mint", "mint+", and keys of :data:`PEERS` or :data:`VARIANTS`, or
+            "resnet".
 
     Returns:
         What the file holds.
 
     Raises:
-        OtherTermsError: the file is of another task, other data, another time or recipe.
+        OtherTermsError: the file is of another contest, other data, another time or recipe.
         MissingLibraryError: the library of a peer is not installed.
-        ValueError: a model that is not of the task.
+        ValueError: a model that takes no part in it.
     """
     for model in models:
-        if model not in CONTESTS[task].models:
-            known = list(CONTESTS[task].models)
-            raise ValueError(f"models must be among {known} for {task}, got {model!r}")
+        if model not in CONTESTS[name].models:
+            known = list(CONTESTS[name].models)
+            raise ValueError(f"models must be among {known} for {name}, got {model!r}")
     data = load_images(data_name)
     count = data.train.count()
     assert count is not None, "the data sets of this size are no streams"
     terms: dict[str, Any] = {
-        "task": task,
+        "task": name,
         "data": data_name,
         "levels": data.levels,
         "minutes": minutes,
-        "changes": {**CONTESTS[task].changes, "validation": count // 10},
+        "changes": {**CONTESTS[name].changes, "validation": count // 10},
     }
     results: dict[str, Any] = {**terms, "torch": torch.__version__, "runs": []}
     if path.is_file():
@@ -227,7 +270,7 @@ def run_all(
     def make(wanted: Iterable[tuple[str, float, int]]) -> None:
         known = {(made["model"], made["rate"], made["seed"]) for made in results["runs"]}
         jobs = [
-            Job(task, data_name, *key, minutes, terms["changes"])
+            Job(name, data_name, *key, minutes, terms["changes"])
             for key in wanted
             if key not in known
         ]
@@ -257,7 +300,7 @@ def table(results: dict[str, Any]) -> str:
     metric, title, scale, less_is_better = {
         "density": ("bits_per_dim", "bits per dimension", 1, True),
         "classify": ("accuracy", "test accuracy, %", 100, False),
-    }[results["task"]]
+    }[CONTESTS[results["task"]].task]
     heads = ["model", "library", "parameters", "rate", title, "seeds", "steps", "diverged"]
     rows = []
     for model in dict.fromkeys(made["model"] for made in results["runs"]):
@@ -286,7 +329,12 @@ def _names(model: str, task: str) -> tuple[str, str]:
         return PEERS[model].name, PEERS[model].library
     if model == RESNET:
         return "ResNet", "bench.peers"
-    return {"density": "MintNet", "classify": "MintClassifier"}[task], "this one"
+    name = {"density": "MintNet", "classify": "MintClassifier"}[CONTESTS[task].task]
+    if model == PLUS:
+        name += "+"
+    elif model in VARIANTS:
+        name += ", " + ", ".join(f"`{key}={value}`" for key, value in VARIANTS[model].items())
+    return name, "this one"
 
 
 def _runs_of(model: str, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -310,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=CONTESTS)
-    parser.add_argument("--data", choices=["digits", "mnist5k"], default="digits")
+    parser.add_argument("--data", choices=["digits", "mnist5k", "fashion"], default="digits")
     parser.add_argument("--minutes", type=float, help="of a core, each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)

@@ -98,7 +98,8 @@ class MintNet(Chain):
         context_network: a function that makes the network of a layer, of P outputs; by default each
             is linear, and starts at zero.
         mixture: components of a :class:`.LogisticMixture` of every variable, before all else.
-        actnorm: an :class:`.ActNorm` of each channel before each pair.
+        actnorm: an :class:`.ActNorm` before each pair, of every variable before the first, and of
+            each channel before the others.
         mixing: a :class:`.PointwiseConv` before each pair of more than one channel.
         factor_out: at each squeeze, the first half of the channels are latents
             (:class:`.FactorOut`), and what follows is a map of the others.
@@ -181,7 +182,7 @@ class MintNet(Chain):
                     layers.append(FactorOut(inner, kept))
                     layers, channels = inner, channels - kept
             if chosen.get("actnorm"):
-                layers.append(ActNorm(channels, axes=axes))
+                layers.append(ActNorm(channels, None if pair else size, axes))
             if chosen.get("mixing") and channels > 1:
                 layers.append(PointwiseConv(channels, axes))
             near_identity = zero_init_start is not None and pair > zero_init_start

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,16 @@ def start_from_data(
         return  # and no stream is read for nothing
     if recipe.validation:
         data, _ = data.hold_out(recipe.validation)
-    count = data.train.count()
-    size = START_IMAGES if count is None else min(START_IMAGES, count)
-    batch = next(training_batches(data.train, size, recipe.seed))
+    samples = [
+        data.train.fetch(handle)
+        for handle in islice(data.train.order((recipe.seed, 0)), START_IMAGES)
+    ]
+    images = torch.stack([sample.image for sample in samples])
+    labels = torch.tensor([sample.label for sample in samples])
+    rngs = [generator(recipe.seed, "training", 0, sample.index) for sample in samples]
     like = next(model.parameters())
-    inputs = objective.inputs(batch.images, batch.generators).to(like.device)
-    context = objective.context(batch.labels.to(like.device), like)
+    inputs = objective.inputs(images, rngs).to(like.device)
+    context = objective.context(labels.to(like.device), like)
     model.initialise(objective.logits(inputs, like)[0], context)
 
 

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.peers import PEERS, BudgetError, ResNet, count_parameters
+from mintnet_triton.presets import PresetError
 from mintnet_triton.recipes.commands import new_model
 from mintnet_triton.recipes.data import DataName, load_images
 from mintnet_triton.recipes.evaluation import evaluate
@@ -60,6 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mint+prior": {"factor_out": True, "conditional_prior": 16},
     "mint+learned_base": {"learned_base": True},
     "mint+mixture": {"mixture": 8},
+    "mint+logit": {"logit_lambda": 1e-3},
+    "mint+depth": {"pairs": 8},
+    "mint+decay": {"weight_decay": 1e-4},
 }
 
 
@@ -127,13 +131,20 @@ def read(job: Job) -> Experiment:
     task = CONTESTS[job.contest].task
     changes = {**job.changes, "seed": job.seed, "learning_rate": job.rate}
     plain = read_experiment(job.data, task, changes)
-    if job.model == PLUS:
-        own = read_experiment(f"{job.data}+", task, changes)
-    elif job.model in VARIANTS:
-        own = read_experiment(job.data, task, {**changes, **VARIANTS[job.model]})
-    else:
+    if job.model not in (PLUS, *VARIANTS):
         return plain
+    beyond = VARIANTS.get(job.model) or _beyond(job.data, task)
+    own = read_experiment(job.data, task, {**changes, **beyond})
     return as_large(own, count_parameters(new_model(plain)))
+
+
+def _beyond(data: DataName, task: str) -> dict[str, Any]:
+    """In what the preset with a plus differs from the plain one."""
+    plain, plus = (
+        {**made.data, **made.model, **asdict(made.recipe)}
+        for made in (read_experiment(name, task) for name in (data, f"{data}+"))
+    )
+    return {name: value for name, value in plus.items() if value != plain.get(name)}
 
 
 def build(name: str, experiment: Experiment) -> nn.Module:
@@ -152,16 +163,18 @@ def build(name: str, experiment: Experiment) -> nn.Module:
     return PEERS[name].build((channels, size, size), count)
 
 
-def entrants(task: str, data: DataName) -> list[str]:
-    """The models of a task but those that cannot be so small, of which it tells."""
+def entrants(name: str, data: DataName) -> list[str]:
+    """The models of a contest but those that there are not, or not so small: it tells of them."""
     found = []
-    for name in CONTESTS[task].models:
+    contest = CONTESTS[name]
+    for model in contest.models:
         try:
-            build(name, read_experiment(data, task))
-        except BudgetError as error:
-            print(f"left out: {error}")
+            job = Job(name, data, model, RATES[0], 0, contest.minutes, contest.changes)
+            build(model, read(job))
+        except (BudgetError, PresetError) as error:
+            print(f"left out: {model}: {error}")
         else:
-            found.append(name)
+            found.append(model)
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mintnet_triton as mint
+from mintnet_triton.presets import load_preset
 from tests import golden
 
 
@@ -140,10 +141,21 @@ def test_presets_are_the_papers(
     assert len(widths) == (20 if name == "mnist" else 21)
 
 
+def test_a_plus_has_what_differs_from_the_plain_preset() -> None:
+    plain, plus = (load_preset(name, "data") for name in ("digits", "digits+"))
+    assert plus == {**plain, "logit_lambda": 1e-3}
+    assert load_preset("digits+", "density_training") == load_preset("digits", "density_training")
+    flow = mint.MintNet.from_preset("digits+")
+    beyond = {"pairs": 8, "hidden": 23, "actnorm": True}
+    assert flow.arguments == {**mint.MintNet.from_preset("digits").arguments, **beyond}
+
+
 def test_presets_can_be_changed_and_unknown_ones_raise() -> None:
     flow = mint.MintNet.from_preset("mnist", pairs=3, hidden=16)
     assert len(flow.layers) == 5
-    names = "'cifar10', 'digits', 'fashion', 'imagenet32', 'mnist', 'mnist5k', 'patches'"
+    names = (
+        r"'cifar10', 'digits', 'digits\+', 'fashion', 'imagenet32', 'mnist', 'mnist5k', 'patches'"
+    )
     with pytest.raises(ValueError, match=rf"presets \[{names}\], got 'svhn'"):
         mint.MintNet.from_preset("svhn")
     with pytest.raises(ValueError, match="has no classifier section"):

@@ -3,6 +3,7 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ pytest.importorskip("FrEIA")
 pytest.importorskip("torchflows")
 
 from bench import tables
-from bench.peers import PEERS, BudgetError
+from bench.peers import PEERS, BudgetError, count_parameters
 from mintnet_triton.recipes.data import load_images
 from mintnet_triton.recipes.evaluation import evaluate as judge
 from mintnet_triton.recipes.objectives import make_objective
@@ -56,6 +57,7 @@ def test_all_flows_make_a_run_and_none_is_made_twice(
     assert [made["model"] for made in results["runs"]] == [
         "mint",
         "nice",
+        "mint+",
         *(name for name in PEERS if name != "nice"),
     ]
     size = results["runs"][0]["parameters"]
@@ -82,7 +84,34 @@ def test_what_cannot_be_so_small_is_left_out(
     monkeypatch.setattr(tables, "build", build)
     found = tables.entrants("density", "mnist5k")
     assert found == ["mint", *(name for name in PEERS if name != "naf")]
-    assert capsys.readouterr().out == "left out: NAF is too large\n"
+    no_plus, too_large = capsys.readouterr().out.splitlines()
+    assert no_plus.startswith("left out: mint+: name must be one of the presets")
+    assert too_large == "left out: naf: NAF is too large"
+
+
+def job(model: str, **changes: Any) -> tables.Job:
+    contest = tables.CONTESTS["ablation"]
+    return tables.Job("ablation", "digits", model, 1e-2, 3, 5.0, {**contest.changes, **changes})
+
+
+def test_an_ablation_is_of_models_of_one_size() -> None:
+    plain = tables.read(job("mint"))
+    size = count_parameters(tables.build("mint", plain))
+    for name, beyond in tables.VARIANTS.items():
+        variant = tables.read(job(name))
+        merged = {**variant.data, **variant.model, **asdict(variant.recipe)}
+        assert beyond.items() <= merged.items()
+        assert (variant.recipe.seed, variant.recipe.batch_size) == (3, 64)
+        assert abs(count_parameters(tables.build(name, variant)) - size) <= 0.05 * size
+
+
+def test_what_a_plus_changes_stands_above_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    plus = tables.read(job("mint+"))
+    own = read_experiment("digits+", "density")
+    assert (plus.data, plus.model["pairs"]) == (own.data, own.model["pairs"])
+    assert plus.recipe.average == 0.99  # of the contest, for the preset says nothing of it
+    monkeypatch.setattr(tables, "_beyond", lambda *_: {"average": 0.5})
+    assert tables.read(job("mint+")).recipe.average == 0.5
 
 
 def test_the_command_makes_runs_in_processes_of_one_thread(

@@ -9,11 +9,15 @@ from importlib.resources import files
 from typing import Any
 
 
+class PresetError(ValueError):
+    """No preset is called so, or it says nothing of what was asked."""
+
+
 def model_arguments(name: str, section: str) -> dict[str, Any]:
     """Constructor's arguments of a preset's "density" or "classifier" model.
 
     Raises:
-        ValueError: no such preset, or it lacks the section.
+        PresetError: no such preset, or it lacks the section.
     """
     data = load_preset(name, "data")
     shape = {key: data[key] for key in ("channels", "image_size")}
@@ -29,7 +33,7 @@ def load_preset(name: str, section: str) -> dict[str, Any]:
         section: "data", "density", "density_training", "classifier" or "classifier_training".
 
     Raises:
-        ValueError: no such preset, or it lacks the section.
+        PresetError: no such preset, or it lacks the section.
     """
     folder = files(__name__)
     names = sorted(
@@ -38,11 +42,11 @@ def load_preset(name: str, section: str) -> dict[str, Any]:
         if entry.name.endswith(".toml")
     )
     if name not in names:
-        raise ValueError(f"name must be one of the presets {names}, got {name!r}")
+        raise PresetError(f"name must be one of the presets {names}, got {name!r}")
     preset = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
     if name.endswith("+"):
         plain = load_preset(name.removesuffix("+"), section)
         return {**plain, **preset.get(section, {})}
     if section not in preset:
-        raise ValueError(f"preset {name!r} has no {section} section, only {sorted(preset)}")
+        raise PresetError(f"preset {name!r} has no {section} section, only {sorted(preset)}")
     return dict(preset[section])

@@ -114,7 +114,7 @@ class TriangularMap(Stage):
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, diagonal = self.evaluator()(x)
         zeros = diagonal.detach() == 0
-        if not is_traced(x) and bool(zeros.any()):
+        if not (x.is_meta or is_traced(x)) and bool(zeros.any()):
             raise SingularJacobianError(
                 f"{int(zeros.sum())} of {zeros.numel()} diagonal entries of the Jacobian of "
                 f"{type(self).__name__} are zero, the first at index "

@@ -95,14 +95,13 @@ def _autocast_takes(x: Tensor, like: Tensor) -> bool:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether values are not known: in a graph (CUDA's, too), in ``torch.func``, faked, or meta.
+    """Whether values are not known: in a graph (CUDA's, too), in ``torch.func``, or when faked.
 
     Nor are they where :func:`unread` says so.
     """
     return (
         torch.compiler.is_compiling()
         or isinstance(x, FakeTensor)
-        or x.is_meta
         or get_proxy_mode() is not None
         or torch._C._get_tracing_state() is not None
         or bool(torch._C._functorch.peek_interpreter_stack())

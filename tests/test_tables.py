@@ -97,7 +97,8 @@ def job(model: str, **changes: Any) -> tables.Job:
 def test_an_ablation_is_of_models_of_one_size() -> None:
     plain = tables.read(job("mint"))
     size = count_parameters(tables.build("mint", plain))
-    for name, beyond in tables.VARIANTS.items():
+    for name in ("mint+depth", "mint+prior"):  # searching a size makes many models
+        beyond = tables.VARIANTS[name]
         variant = tables.read(job(name))
         merged = {**variant.data, **variant.model, **asdict(variant.recipe)}
         assert beyond.items() <= merged.items()

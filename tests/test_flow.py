@@ -146,7 +146,7 @@ def test_a_plus_has_what_differs_from_the_plain_preset() -> None:
     assert plus == {**plain, "logit_lambda": 1e-3}
     assert load_preset("digits+", "density_training") == load_preset("digits", "density_training")
     flow = mint.MintNet.from_preset("digits+")
-    beyond = {"pairs": 8, "hidden": 23, "actnorm": True}
+    beyond = {"pairs": 8, "hidden": 23}
     assert flow.arguments == {**mint.MintNet.from_preset("digits").arguments, **beyond}
 
 

@@ -230,6 +230,7 @@ def test_command(
     monkeypatch.setattr(revisions, "take_turn", turn)
     monkeypatch.setattr(revisions.measure, "__defaults__", (repository,))
     monkeypatch.setattr(machine, "ROOT", repository)
+    (repository / "log").touch()
     assert __main__.main(["compare", "v1", "v2"]) == 1
     printed = capsys.readouterr()
     assert "| a | 2.00 | 2.00-2.00 | slower |" in printed.out

@@ -82,30 +82,11 @@ class TriangularMap(Stage):
         )
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
-        evaluate = self.evaluator()
-        if self.ordering is None:  # it acts on each variable alone
-            _, slope = evaluate(x)
-            again = [1] * (x.ndim - 1)
-            return lambda right: right / slope.repeat(len(right) // max(1, len(x)), *again)
-
-        def solve(right: Tensor) -> Tensor:
-            # Jacobi's method ends for a triangular matrix, after as many steps as it has rows.
-            point = x.repeat(len(right) // max(1, len(x)), *[1] * (x.ndim - 1))
-            _, diagonal = evaluate(point)
-            with torch.enable_grad():
-                pull = torch.func.vjp(lambda v: evaluate(v)[0], point)[1]
-                # J v is the transpose of J^T v; forward mode would do more, and compile for it.
-                push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(point))[1]
-            solved = right / diagonal
-            for _ in range(x.shape[1:].numel()):
-                (image,) = (pull if transpose else push)(solved)
-                change = (right - image) / diagonal
-                solved = solved + change
-                if bool((change.abs() <= torch.finfo(x.dtype).eps * solved.abs()).all()):
-                    break
-            return solved
-
-        return solve
+        if self.ordering is not None:
+            return super().jacobian_solver(x, transpose=transpose)
+        _, slope = self.evaluator()(x)  # it acts on each variable alone
+        again = [1] * (x.ndim - 1)
+        return lambda right: right / slope.repeat(len(right) // max(1, len(x)), *again)
 
     def magnitude(self, x: Tensor) -> Tensor:
         y, diagonal = self.evaluator()(x)

@@ -199,9 +199,30 @@ class Stage(Invertible):
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
         """right -> v with ``J v = right``, or ``J^T v = right``, for the Jacobian J at x (B, ...).
 
-        ``right`` may have several times as many samples, x being repeated for them.
+        ``right`` may have several times as many samples, x being repeated for them. J is to be
+        triangular in some order of the variables, unless a stage has a solver of its own.
         """
-        raise NotImplementedError
+        evaluate = self.evaluator()
+
+        def solve(right: Tensor) -> Tensor:
+            # Jacobi's method ends for what is triangular in any order of its rows, within as many
+            # steps as there are rows.
+            point = x.repeat(len(right) // max(1, len(x)), *[1] * (x.ndim - 1))
+            _, diagonal = evaluate(point)
+            with torch.enable_grad():
+                pull = torch.func.vjp(lambda v: evaluate(v)[0], point)[1]
+                # J v is the transpose of J^T v; forward mode would do more, and compile for it.
+                push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(point))[1]
+            solved = right / diagonal
+            for _ in range(x.shape[1:].numel()):
+                (image,) = (pull if transpose else push)(solved)
+                change = (right - image) / diagonal
+                solved = solved + change
+                if bool((change.abs() <= torch.finfo(x.dtype).eps * solved.abs()).all()):
+                    break
+            return solved
+
+        return solve
 
     def magnitude(self, x: Tensor) -> Tensor:
         """What rounding in f(x) is relative to, shaped like x: the sum of absolute values."""

@@ -74,12 +74,7 @@ class ActNorm(TriangularMap):
         return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
 
     def start_from(self, x: Tensor) -> None:
-        pooled = [
-            0,
-            *(1 + axis for axis, side in enumerate(self.shift.shape) if side == 1 and axis),
-        ]
-        if self._size.count(None) == 0:
-            pooled = [0]
+        pooled = [0, *(2 + axis for axis, side in enumerate(self._size) if side is None)]
         deviation, mean = torch.std_mean(x.double(), pooled, correction=0, keepdim=True)
         steady = deviation <= STEADY * mean.abs().clamp(min=1)
         self.shift.copy_(-mean[0])

@@ -309,23 +309,6 @@ class ConditionalPrior(Stage):
         x = rounded(torch.cat([a * log_scale.exp() + mean, b], 1), z.dtype)
         return self.solve_exactly(z, x, solver, trace=trace, reference=reference)
 
-    def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
-        evaluate = self.evaluator()
-
-        def solve(right: Tensor) -> Tensor:
-            point = x.repeat(len(right) // max(1, len(x)), *[1] * (x.ndim - 1))
-            _, diagonal = evaluate(point)
-            with torch.enable_grad():
-                pull = torch.func.vjp(lambda v: evaluate(v)[0], point)[1]
-                push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(point))[1]
-            # D and what is off the diagonal, whose square is zero: two steps of Jacobi's method.
-            solved = right / diagonal
-            (image,) = (pull if transpose else push)(solved)
-            better: Tensor = solved + (right - image) / diagonal
-            return better
-
-        return solve
-
     def magnitude(self, x: Tensor) -> Tensor:
         a, b = x[:, : self.kept], x[:, self.kept :]
         mean, log_scale = self._prior(b)

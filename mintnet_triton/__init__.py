@@ -37,6 +37,7 @@ from mintnet_triton.parts import (
     Dequantiser,
     FactorOut,
     InvertibleSequential,
+    LevelSpline,
     LogisticMixture,
     PointwiseConv,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "InversionResult",
     "Invertible",
     "InvertibleSequential",
+    "LevelSpline",
     "LogisticMixture",
     "MaskedAffine",
     "MaskedConv1d",

@@ -26,6 +26,7 @@ from mintnet_triton.parts import (
     Dequantiser,
     FactorOut,
     InvertibleSequential,
+    LevelSpline,
     LogisticMixture,
     PointwiseConv,
 )
@@ -64,6 +65,7 @@ def squeezed(size: tuple[int, ...], squeezes: int) -> tuple[int, ...]:
 class Parts(TypedDict, total=False):
     """What a flow has beyond the paper; nothing of it by default."""
 
+    level_spline: int | None
     mixture: int | None
     actnorm: bool
     mixing: bool
@@ -97,7 +99,9 @@ class MintNet(Chain):
             maps of it have the size of an image, and are averaged at squeezes.
         context_network: a function that makes the network of a layer, of P outputs; by default each
             is linear, and starts at zero.
-        mixture: components of a :class:`.LogisticMixture` of every variable, before all else.
+        level_spline: levels of the images, for a :class:`.LevelSpline` of their logits, before all
+            else.
+        mixture: components of a :class:`.LogisticMixture` of every variable, before the pairs.
         actnorm: an :class:`.ActNorm` before each pair, of every variable before the first, and of
             each channel before the others.
         mixing: a :class:`.PointwiseConv` before each pair of more than one channel.
@@ -109,7 +113,7 @@ class MintNet(Chain):
         dequantiser: hidden units of a :class:`.Dequantiser` of images, for training by the bound of
             :func:`.variational_bits`. It is no part of the map: all else is as without it.
 
-    Parts beyond the paper, from ``mixture`` on, are off by default. Some start from data: call
+    Parts beyond the paper, from ``level_spline`` on, are off by default. Some start from data: call
     :meth:`initialise` before training.
 
     Raises:
@@ -168,6 +172,8 @@ class MintNet(Chain):
         axes = len(size)
         self.layers = nn.ModuleList()
         layers: nn.ModuleList | InvertibleSequential = self.layers
+        if levels := chosen.get("level_spline"):
+            layers.append(LevelSpline(channels, levels, axes))
         if components := chosen.get("mixture"):
             layers.append(LogisticMixture(channels, size, components))
         for pair in range(pairs):
@@ -356,7 +362,7 @@ def _checked(parts: Parts) -> dict[str, Any]:
         raise TypeError(f"MintNet has no argument {unknown[0]!r}; its parts are {sorted(known)}")
     chosen: dict[str, Any] = {}
     for name, value in parts.items():
-        if name in ("mixture", "conditional_prior", "dequantiser"):
+        if name in ("level_spline", "mixture", "conditional_prior", "dequantiser"):
             value = None if value is None else check_integer(name, value, least=1)
         elif not isinstance(value, bool):
             raise TypeError(f"{name} must be true or false, got {value!r}")

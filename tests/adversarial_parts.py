@@ -1,8 +1,9 @@
 """Stages beyond the paper, made to break inversion: ``python -m tests.adversarial_parts``.
 
-Scales up to e^±10, components of a mixture far apart or very narrow, ill-conditioned matrices,
-priors at the end of their range, and z up to 1e6, in float32 and float64. What an answer says of
-itself is checked by numpy's numbers of 64 bits of mantissa, with the stages written out again.
+Scales up to e^±10, splines with steep pieces, components of a mixture far apart or very narrow,
+ill-conditioned matrices, priors at the end of their range, and z up to 1e6, in float32 and float64.
+What an answer says of itself is checked by numpy's numbers of 64 bits of mantissa, with the stages
+written out again.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from mintnet_triton.parts import (
     ActNorm,
     ConditionalPrior,
     FactorOut,
+    LevelSpline,
     LogisticMixture,
     PointwiseConv,
 )
 from mintnet_triton.parts.factor_out import WIDEST
 
 Array = np.ndarray[Any, np.dtype[np.longdouble]]
-KINDS = ("actnorm", "pointwise", "mixture", "prior", "factor out")
+KINDS = ("actnorm", "pointwise", "mixture", "prior", "factor out", "spline")
 SIDE = 2
 
 
@@ -66,6 +68,11 @@ def make(seed: int, kind: str | None = None) -> Problem:
             fill(inner.lower, draw(0.1, 30))
             fill(inner.upper, draw(0.1, 30))
         stage = FactorOut(inner, 1) if kind == "factor out" else inner
+    elif kind == "spline":
+        stage = LevelSpline(channels, 3 + choose(2**16))
+        fill(stage.least, draw(1e-2, 1e3))
+        fill(stage.log_height, draw(0.1, 10), 10)
+        fill(stage.log_slope, draw(0.1, 10), 10)
     elif kind == "mixture":
         stage = LogisticMixture(channels, SIDE, 1 + choose(8))
         fill(stage.mean, draw(1e-2, 1e3))
@@ -131,6 +138,39 @@ def _triangles(stage: PointwiseConv) -> tuple[Array, Array]:
     return lower, np.triu(_exact(stage.upper), 1) + np.diag(scale)
 
 
+def _spline(stage: LevelSpline, channel: int, x: Array) -> Array:
+    """y of one channel."""
+    knots, heights = _exact(stage.knots), np.exp(_exact(stage.log_height)[channel])
+    slopes = np.exp(_exact(stage.log_slope)[channel])
+    y = _exact(stage.least)[channel] + np.concatenate([[0], heights.cumsum()])
+    piece = np.searchsorted(knots[1:-1], x)
+    inside = np.clip(x, knots[0], knots[-1])
+    width, height, first, last = (
+        values[piece] for values in (np.diff(knots), heights, slopes[:-1], slopes[1:])
+    )
+    share = (inside - knots[piece]) / width
+    mean, both = height / width, share * (1 - share)
+    found: Array = y[piece] + height * (mean * share**2 + first * both) / (
+        mean + (first + last - 2 * mean) * both
+    )
+    beyond = np.where(x < inside, slopes[0], slopes[-1])
+    found += (x - inside) * beyond
+    return found
+
+
+def _bracket(stage: LevelSpline | LogisticMixture, z: Array) -> tuple[Any, Any]:
+    """Of x with f(x) = z."""
+    if isinstance(stage, LogisticMixture):
+        slopes = np.exp(_exact(stage.log_scale)) * PI / np.sqrt(np.longdouble(3))
+        ends = _exact(stage.mean) + slopes * z[..., None]
+        return ends.min(-1), ends.max(-1)
+    least, most = (np.full_like(z, _exact(stage.knots)[end]) for end in (0, -1))
+    slopes = np.exp(_exact(stage.log_slope))
+    first, last = slopes[:, 0, None, None], slopes[:, -1, None, None]
+    low = least + np.minimum(z - forward(stage, least), 0) / first
+    return low, most + np.maximum(z - forward(stage, most), 0) / last
+
+
 def forward(stage: nn.Module, x: Array) -> Array:
     """f(x) of a stage."""
     y: Array
@@ -142,6 +182,10 @@ def forward(stage: nn.Module, x: Array) -> Array:
         lower, upper = _triangles(stage)
         middle = np.einsum("ij,bjhw->bihw", upper, x)
         y = np.einsum("ij,bjhw->bihw", lower, middle)[:, stage.order.numpy()]
+    elif isinstance(stage, LevelSpline):
+        y = np.empty_like(x)
+        for channel in range(stage.channels):
+            y[:, channel] = _spline(stage, channel, x[:, channel])
     elif isinstance(stage, LogisticMixture):
         logits = _exact(stage.logits)
         weights = logits - _log_sum_exp(logits)[..., None]
@@ -158,7 +202,7 @@ def forward(stage: nn.Module, x: Array) -> Array:
 
 
 def inverse(stage: nn.Module, z: Array) -> Array:
-    """x with f(x) = z; of a mixture, by halving a bracket."""
+    """x with f(x) = z; of a mixture or a spline, by halving a bracket."""
     x: Array
     if isinstance(stage, FactorOut):
         x = np.concatenate([z[:, : stage.kept], inverse(stage.inner, z[:, stage.kept :])], 1)
@@ -173,10 +217,8 @@ def inverse(stage: nn.Module, z: Array) -> Array:
             later = slice(row + 1, None)
             x[:, row] -= np.einsum("j,bjhw->bhw", upper[row, later], x[:, later])
             x[:, row] /= upper[row, row]
-    elif isinstance(stage, LogisticMixture):
-        slopes = np.exp(_exact(stage.log_scale)) * PI / np.sqrt(np.longdouble(3))
-        ends = _exact(stage.mean) + slopes * z[..., None]
-        low, high = ends.min(-1), ends.max(-1)
+    elif isinstance(stage, LevelSpline | LogisticMixture):
+        low, high = _bracket(stage, z)
         for _ in range(110):
             x = (low + high) / 2
             less = forward(stage, x) < z

@@ -23,6 +23,7 @@ from mintnet_triton.parts import (
     ConditionalPrior,
     FactorOut,
     InvertibleSequential,
+    LevelSpline,
     LogisticMixture,
     PointwiseConv,
 )
@@ -31,6 +32,7 @@ from tests import adversarial_parts
 from tests.jacobian import BOTH, in_order, jacobian
 
 ALL: dict[str, Any] = {
+    "level_spline": 5,
     "mixture": 2,
     "actnorm": True,
     "mixing": True,
@@ -51,6 +53,7 @@ ON_IMAGES: dict[str, Callable[[], mint.Invertible]] = {
     "actnorm": lambda: ActNorm(2),
     "actnorm of variables": lambda: ActNorm(2, 4),
     "pointwise": lambda: PointwiseConv(2),
+    "spline": lambda: LevelSpline(2, 5),
     "mixture": lambda: LogisticMixture(2, 4, 3),
     "prior": lambda: ConditionalPrior(2, 1, 3),
     "factor out": lambda: FactorOut(
@@ -62,11 +65,13 @@ KINDS: dict[str, tuple[Callable[[], mint.Invertible], tuple[int, ...]]] = {
     **{name: (made, (2, 4, 4)) for name, made in ON_IMAGES.items()},
     "series: actnorm": (lambda: ActNorm(3, axes=1), (3, 5)),
     "series: pointwise": (lambda: PointwiseConv(3, 1), (3, 5)),
+    "series: spline": (lambda: LevelSpline(1, 256, 1), (1, 5)),
     "series: mixture": (lambda: LogisticMixture(1, (5,), 1), (1, 5)),
     "series: prior": (lambda: ConditionalPrior(3, 2, 2, axes=1), (3, 5)),
     "series: flow": (lambda: small_flow(8, channels=1, pairs=3, squeezes=2), (1, 8)),
     "volume: actnorm": (lambda: ActNorm(2, axes=3), (2, 2, 1, 3)),
     "volume: pointwise": (lambda: PointwiseConv(2, 3), (2, 2, 1, 3)),
+    "volume: spline": (lambda: LevelSpline(2, 3, axes=3), (2, 2, 1, 3)),
     "volume: mixture": (lambda: LogisticMixture(2, (2, 1, 3)), (2, 2, 1, 3)),
     "volume: prior": (lambda: ConditionalPrior(2, 1, 2, axes=3), (2, 2, 1, 3)),
     "volume: flow": (lambda: small_flow(2, 2, 4, channels=1), (1, 2, 2, 4)),
@@ -78,7 +83,8 @@ some_kinds = pytest.mark.parametrize("kind", ON_IMAGES)
 def moved(module: mint.Invertible, dtype: torch.dtype = torch.float64) -> mint.Invertible:
     """Far from where it starts; Mint layers less so, which would make an ill-conditioned flow."""
     for layer in module.modules():
-        scale = 0.1 if isinstance(layer, MaskedConv | mint.MintLayer) else 0.4
+        stiff = MaskedConv | mint.MintLayer | LevelSpline
+        scale = 0.1 if isinstance(layer, stiff) else 0.4
         for parameter in layer.parameters(recurse=False):
             parameter.data += scale * torch.randn_like(parameter)
     return module.to(dtype).eval()
@@ -211,6 +217,34 @@ def test_a_mixture_far_from_its_components_and_between_them() -> None:
     assert huge.converged.tolist()[1:] == [True, True]
 
 
+@pytest.mark.parametrize("levels", [3, 17, 256, 2**16])
+def test_a_spline_starts_as_a_bump_for_each_end(levels: int) -> None:
+    """At knots, it is the quantile of the mixture, with its slope; between, hardly less so."""
+    layer = LevelSpline(1, levels, axes=1, dtype=torch.float64)
+
+    def logit_of(y: Tensor) -> Tensor:
+        """x by the mixture written out, from the lower tail for accuracy."""
+        z = -y.abs() * 2
+        bumps = torch.special.ndtr(z + 5) + torch.special.ndtr(z - 5)
+        middle = torch.special.ndtr(z / 1.7)
+        return -y.sign() * torch.logit(bumps / levels + (1 - 2 / levels) * middle)
+
+    y = torch.linspace(-4.25, 4.25, 69, dtype=torch.float64)  # -8.5 to 8.5, halved
+    y = y[y != 0].requires_grad_()
+    x = logit_of(y)
+    (slope,) = torch.autograd.grad(x.sum(), y)
+    found = layer(x.detach().view(-1, 1, 1))
+    assert_same(found[0].flatten(), y, 1e-9)
+    assert_same(found[1].exp(), 1 / slope, 1e-9)
+    between = torch.linspace(-4.2, 4.2, 1000, dtype=torch.float64)
+    assert_same(layer(logit_of(between).view(-1, 1, 1))[0].flatten(), between, 2e-3)
+    beyond = torch.tensor([-200.0, -100, 100, 200], dtype=torch.float64).view(-1, 1, 1)
+    y, log_slope = layer(beyond)
+    assert_same(log_slope[0], log_slope[1], 0)
+    assert_same(y[0] - y[1], -100 * log_slope[0].exp().view(1, 1), 1e-9)
+    assert_same(y[2:], -y[:2].flip(0), 1e-9)
+
+
 def test_a_residual_is_that_of_float64() -> None:
     """W x cancels: in float32 what is left of z is rounding, which no x of float32 avoids."""
     layer = PointwiseConv(2)
@@ -274,6 +308,14 @@ class WrongMixture(LogisticMixture):
         return y, log_slope + 1e-6
 
 
+class WrongSpline(LevelSpline):
+    """Planted fault: one part in a million of the slope on the right side is amiss."""
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_slope = super()._map(x)
+        return y, log_slope + 1e-6 * (x > 0)
+
+
 class WrongPrior(ConditionalPrior):
     """Planted fault: the inverse forgets how wide the scale may be."""
 
@@ -298,6 +340,7 @@ class WrongFactor(FactorOut):
     [
         WrongNorm(2),
         WrongConv(2),
+        WrongSpline(2, 5),
         WrongMixture(2, 4),
         WrongPrior(2, 1),
         WrongFactor(mint.MintPair(1, 4, 2), 1),
@@ -618,8 +661,9 @@ def test_computed_parameters(kind: str) -> None:
 
     module, x = make(kind)
     for owner in list(module.modules()):
-        if isinstance(owner, ActNorm | PointwiseConv | LogisticMixture | nn.Conv2d):
-            name = "weight" if isinstance(owner, nn.Conv2d) else "log_scale"
+        if isinstance(owner, ActNorm | PointwiseConv | LevelSpline | LogisticMixture | nn.Conv2d):
+            names = {nn.Conv2d: "weight", LevelSpline: "log_slope"}
+            name = names.get(type(owner), "log_scale")
             prune.random_unstructured(owner, name, 0.5)
             with torch.no_grad():
                 owner.get_parameter(f"{name}_orig").add_(1.0)
@@ -632,7 +676,8 @@ def test_computed_parameters(kind: str) -> None:
 
 
 def test_hooks_that_compute_run_once_a_call() -> None:
-    for module in (ActNorm(2), PointwiseConv(2), LogisticMixture(2, 4), ConditionalPrior(2, 1)):
+    for module in (ActNorm(2), PointwiseConv(2), LevelSpline(2, 5), LogisticMixture(2, 4),
+                   ConditionalPrior(2, 1)):  # fmt: skip
         calls: list[int] = []
         x = torch.randn(2, 2, 4, 4)
         if isinstance(module, ConditionalPrior):
@@ -728,6 +773,8 @@ def test_sequences_are_those_of_torch() -> None:
         (lambda: ActNorm(2, axes=4), ValueError, "axes must be 1, 2 or 3, got 4"),
         (lambda: PointwiseConv(cast(Any, "3")), TypeError, "channels must be an integer, got '3'"),
         (lambda: PointwiseConv(3, 4), ValueError, "axes must be 1, 2 or 3, got 4"),
+        (lambda: LevelSpline(2, 2), ValueError, "levels must be at least 3, got 2"),
+        (lambda: LevelSpline(2, 3, axes=4), ValueError, "axes must be 1, 2 or 3, got 4"),
         (lambda: LogisticMixture(2, 4, 0), ValueError, "components must be at least 1, got 0"),
         (lambda: LogisticMixture(2, (1, 1, 1, 1)), ValueError, "size must be an integer or"),
         (lambda: FactorOut(nn.Linear(2, 2), 1), TypeError, "inner must be an Invertible, got Lin"),
@@ -740,6 +787,7 @@ def test_sequences_are_those_of_torch() -> None:
         (lambda: ConditionalPrior(2, 2), ValueError, "kept must be below channels=2, got 2"),
         (lambda: ConditionalPrior(3, 1, 0), ValueError, "width must be at least 1, got 0"),
         (lambda: ConditionalPrior(3, 1, axes=4), ValueError, "axes must be 1, 2 or 3, got 4"),
+        (lambda: small_flow(4, 4, level_spline=2), ValueError, "levels must be at least 3, got 2"),
         (lambda: small_flow(4, 4, mixture=0), ValueError, "mixture must be at least 1, got 0"),
         (lambda: small_flow(4, 4, actnorm=1), TypeError, "actnorm must be true or false, got 1"),
         (lambda: small_flow(4, 4, mixin=True), TypeError, "no argument 'mixin'; its parts are"),
@@ -761,8 +809,8 @@ def test_bad_arguments(make_it: Callable[[], Any], error: type[Exception], messa
 
 
 def test_bad_inputs() -> None:
-    for part in (ActNorm(3), PointwiseConv(3), LogisticMixture(3, 4), ConditionalPrior(3, 1),
-                 FactorOut(ActNorm(2), 1)):  # fmt: skip
+    for part in (ActNorm(3), PointwiseConv(3), LevelSpline(3, 5), LogisticMixture(3, 4),
+                 ConditionalPrior(3, 1), FactorOut(ActNorm(2), 1)):  # fmt: skip
         with pytest.raises(ValueError, match="dimension 1 is 4, expected 3"):
             part(torch.randn(2, 4, 4, 4))
         with pytest.raises(ValueError, match="x must have 4 dimensions"):
@@ -784,8 +832,8 @@ def test_bad_inputs() -> None:
 def test_an_overflow_inside_is_named() -> None:
     flow = small_flow(4, 4)
     with torch.no_grad():
-        flow.get_submodule("layers.1").get_parameter("log_scale").fill_(1e5)
-    with pytest.raises(mint.NonFiniteError, match=r"inside the network, entering 'layers\.2'"):
+        flow.get_submodule("layers.2").get_parameter("log_scale").fill_(1e5)
+    with pytest.raises(mint.NonFiniteError, match=r"inside the network, entering 'layers\.3'"):
         flow(torch.randn(2, 2, 4, 4))
     flat = ActNorm(1)
     nn.init.constant_(flat.log_scale, -1e5)

@@ -6,6 +6,7 @@ from mintnet_triton.parts.factor_out import ConditionalPrior, FactorOut
 from mintnet_triton.parts.mixture import LogisticMixture
 from mintnet_triton.parts.pointwise import PointwiseConv
 from mintnet_triton.parts.sequential import InvertibleSequential
+from mintnet_triton.parts.spline import LevelSpline
 
 __all__ = [
     "ActNorm",
@@ -13,6 +14,7 @@ __all__ = [
     "Dequantiser",
     "FactorOut",
     "InvertibleSequential",
+    "LevelSpline",
     "LogisticMixture",
     "PointwiseConv",
 ]

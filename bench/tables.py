@@ -51,6 +51,7 @@ PLUS = "mint+"  # with what the preset of that name adds
 RESNET = "resnet"
 RATES = (1e-3, 3e-3, 1e-2)
 CHECKPOINT_EVERY = 100  # steps from one look at the held-out images to the next
+MOST_HELD_OUT = 1000  # of a tenth of the images, so that those looks take little of the time
 
 
 #: Mint models with one part each, by what differs from the preset
@@ -111,6 +112,7 @@ class Job(NamedTuple):
     seed: int
     minutes: float | None
     changes: dict[str, Any]  #: of the preset
+    data_dir: Path | None = None  #: of the data, which may come from elsewhere
 
 
 def as_large(experiment: Experiment, count: int) -> Experiment:
@@ -122,7 +124,8 @@ def as_large(experiment: Experiment, count: int) -> Experiment:
             return abs(count_parameters(new_model(changed)) - count)
 
     first = int(experiment.model["hidden"])
-    hidden = min(range(first // 2, 2 * first + 1), key=missing)
+    least = max(first // 2, 4 ** int(experiment.model["squeezes"]))  # which squeezes leave one of
+    hidden = min(range(least, 2 * first + 1), key=missing)
     return replace(experiment, model={**experiment.model, "hidden": hidden})
 
 
@@ -181,7 +184,7 @@ def entrants(name: str, data: DataName) -> list[str]:
 def run(job: Job) -> dict[str, Any]:
     """Train one model and judge it; what diverged or is not finite has no score."""
     experiment, task = read(job), CONTESTS[job.contest].task
-    data = load_images(job.data)
+    data = load_images(job.data, job.data_dir)
     model, recipe = build(job.model, experiment), experiment.recipe
     objective = make_objective(task, experiment.data)
     facts: dict[str, Any] = {
@@ -236,6 +239,7 @@ def run_all(
     seeds: Sequence[int],
     rates: Sequence[float],
     models: Sequence[str],
+    data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Make the runs that the file lacks, and write it after each.
 
@@ -249,6 +253,7 @@ def run_all(
         rates: learning rates of Adam.
         models: by name: "mint", "mint+", and keys of :data:`PEERS` or :data:`VARIANTS`, or
             "resnet".
+        data_dir: of the data, as ``--data-dir``; None: where they are looked for.
 
     Returns:
         What the file holds.
@@ -262,7 +267,7 @@ def run_all(
         if model not in CONTESTS[name].models:
             known = list(CONTESTS[name].models)
             raise ValueError(f"models must be among {known} for {name}, got {model!r}")
-    data = load_images(data_name)
+    data = load_images(data_name, data_dir)
     count = data.train.count()
     assert count is not None, "the data sets of this size are no streams"
     terms: dict[str, Any] = {
@@ -270,7 +275,7 @@ def run_all(
         "data": data_name,
         "levels": data.levels,
         "minutes": minutes,
-        "changes": {**CONTESTS[name].changes, "validation": count // 10},
+        "changes": {**CONTESTS[name].changes, "validation": min(count // 10, MOST_HELD_OUT)},
     }
     results: dict[str, Any] = {**terms, "torch": torch.__version__, "runs": []}
     if path.is_file():
@@ -283,7 +288,7 @@ def run_all(
     def make(wanted: Iterable[tuple[str, float, int]]) -> None:
         known = {(made["model"], made["rate"], made["seed"]) for made in results["runs"]}
         jobs = [
-            Job(name, data_name, *key, minutes, terms["changes"])
+            Job(name, data_name, *key, minutes, terms["changes"], data_dir)
             for key in wanted
             if key not in known
         ]
@@ -372,6 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("task", choices=CONTESTS)
     parser.add_argument("--data", choices=["digits", "mnist5k", "fashion"], default="digits")
+    parser.add_argument("--data-dir", type=Path, help="of the data, as of mintnet-triton train")
     parser.add_argument("--minutes", type=float, help="of a core, each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
@@ -396,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seeds=options.seeds,
             rates=options.rates,
             models=options.models or entrants(options.task, options.data),
+            data_dir=options.data_dir,
         )
     print(table(results))
     print(f"written to {path.resolve()}")

@@ -49,7 +49,7 @@ def make(path: Path, pool: Executor, **changes: Any) -> dict[str, Any]:
 def test_all_flows_make_a_run_and_none_is_made_twice(
     tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "load_images", lambda name: random_data(100, (1, 8, 8)))
+    monkeypatch.setattr(tables, "load_images", lambda name, folder: random_data(100, (1, 8, 8)))
     path = tmp_path / "new" / "density.json"
     make(path, pool, models=["mint", "nice"])
     results = make(path, pool)
@@ -76,13 +76,13 @@ def test_what_cannot_be_so_small_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def build(name: str, experiment: Any) -> nn.Module:
-        assert experiment.data["image_size"] == 28
+        assert experiment.data["image_size"] == 32
         if name == "naf":
             raise BudgetError("NAF is too large")
         return nn.Identity()
 
     monkeypatch.setattr(tables, "build", build)
-    found = tables.entrants("density", "mnist5k")
+    found = tables.entrants("density", "patches")
     assert found == ["mint", *(name for name in PEERS if name != "naf")]
     no_plus, too_large = capsys.readouterr().out.splitlines()
     assert no_plus.startswith("left out: mint+: name must be one of the presets")

@@ -32,15 +32,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 from bench.peers import PEERS, BudgetError, ResNet, count_parameters
+from mintnet_triton import MintNet, invert
 from mintnet_triton.presets import PresetError
 from mintnet_triton.recipes.commands import new_model
 from mintnet_triton.recipes.data import DataName, load_images
 from mintnet_triton.recipes.evaluation import evaluate
-from mintnet_triton.recipes.objectives import make_objective
+from mintnet_triton.recipes.figures import image_grid
+from mintnet_triton.recipes.objectives import Density, make_objective
 from mintnet_triton.recipes.recipe import Experiment, read_experiment
 from mintnet_triton.recipes.runs import RunFolder, write_atomically
 from mintnet_triton.recipes.state import TrainingState
@@ -51,6 +54,8 @@ PLUS = "mint+"  # with what the preset of that name adds
 RESNET = "resnet"
 RATES = (1e-3, 3e-3, 1e-2)
 CHECKPOINT_EVERY = 100  # steps from one look at the held-out images to the next
+POINTS = 60  # of a curve
+SAMPLES = 64  # to be drawn of a Mint model
 MOST_HELD_OUT = 1000  # of a tenth of the images, so that those looks take little of the time
 
 
@@ -113,6 +118,7 @@ class Job(NamedTuple):
     minutes: float | None
     changes: dict[str, Any]  #: of the preset
     data_dir: Path | None = None  #: of the data, which may come from elsewhere
+    pictures: Path | None = None  #: a folder for samples
 
 
 def as_large(experiment: Experiment, count: int) -> Experiment:
@@ -216,7 +222,7 @@ def run(job: Job) -> dict[str, Any]:
             # What follows is where the checkpoints were.
             return {**facts, "diverged": str(error).partition(". ")[0]}
         last = folder.load()
-        facts |= {"steps": last["step"], "seconds": last["seconds"]}
+        facts |= {"steps": last["step"], "seconds": last["seconds"], "curve": curve(folder)}
         if not folder.best.is_file():
             return {**facts, "diverged": "never finite on the held-out images"}
         state = TrainingState.start(model, recipe)
@@ -226,7 +232,45 @@ def run(job: Job) -> dict[str, Any]:
     if not found.loss.isfinite().all():
         wrong = int((~found.loss.isfinite()).any(0).sum())
         return {**facts, "diverged": f"not finite on {wrong} test images"}
-    return {**facts, objective.metric: float(found.metric.mean())}
+    facts[objective.metric] = float(found.metric.mean())
+    flow = state.evaluated()
+    if isinstance(flow, MintNet) and isinstance(objective, Density):
+        facts["samples"], picture = draw(flow, objective, job.seed)
+        if job.pictures is not None:
+            picture.savefig(
+                job.pictures / f"{job.data}_{job.model}_{job.rate:g}_{job.seed}.png", dpi=150
+            )
+    return facts
+
+
+def curve(folder: RunFolder) -> list[list[float]]:
+    """Seconds, and the loss on the held-out images then: of so many looks as a picture needs."""
+    seconds, looks = 0.0, []
+    for row in folder.rows():
+        seconds = row.get("seconds", seconds)
+        if "validation_loss" in row:
+            looks.append([round(seconds, 1), round(row["validation_loss"], 4)])
+    return looks[:: max(1, len(looks) // POINTS)]
+
+
+def draw(flow: MintNet, objective: Density, seed: int) -> tuple[dict[str, Any], Figure]:
+    """Samples, each with a bound of its error: their time and worth, and a picture."""
+    z = torch.randn(SAMPLES, *flow.latent_shape, generator=torch.Generator().manual_seed(seed))
+    start = time.process_time()
+    result = invert(flow, z, certify=True)
+    seconds = time.process_time() - start
+    assert result.error_bound is not None
+    bounds = result.error_bound[result.error_bound.isfinite()]
+    facts = {
+        "number": SAMPLES,
+        "converged": int(result.converged.sum()),
+        "certified": len(bounds),
+        "residual": float(result.residual.max()),
+        "error_bound": float(bounds.max()) if len(bounds) else None,
+        "seconds": seconds,
+    }
+    images = objective.preprocess().to_images(result.x[result.converged])
+    return facts, image_grid(images, objective.levels)
 
 
 def run_all(
@@ -240,6 +284,7 @@ def run_all(
     rates: Sequence[float],
     models: Sequence[str],
     data_dir: Path | None = None,
+    pictures: Path | None = None,
 ) -> dict[str, Any]:
     """Make the runs that the file lacks, and write it after each.
 
@@ -254,6 +299,7 @@ def run_all(
         models: by name: "mint", "mint+", and keys of :data:`PEERS` or :data:`VARIANTS`, or
             "resnet".
         data_dir: of the data, as ``--data-dir``; None: where they are looked for.
+        pictures: a folder for samples of Mint models, DATA_MODEL_RATE_SEED.png; None: for none.
 
     Returns:
         What the file holds.
@@ -283,12 +329,14 @@ def run_all(
         for key, value in terms.items():
             if results[key] != value:
                 raise OtherTermsError(f"{path} has {key}={results[key]!r}, not {value!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (path.parent, pictures):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def make(wanted: Iterable[tuple[str, float, int]]) -> None:
         known = {(made["model"], made["rate"], made["seed"]) for made in results["runs"]}
         jobs = [
-            Job(name, data_name, *key, minutes, terms["changes"], data_dir)
+            Job(name, data_name, *key, minutes, terms["changes"], data_dir, pictures)
             for key in wanted
             if key not in known
         ]
@@ -378,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("task", choices=CONTESTS)
     parser.add_argument("--data", choices=["digits", "mnist5k", "fashion"], default="digits")
     parser.add_argument("--data-dir", type=Path, help="of the data, as of mintnet-triton train")
+    parser.add_argument("--pictures", type=Path, help="folder for samples of Mint models")
     parser.add_argument("--minutes", type=float, help="of a core, each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
@@ -403,6 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rates=options.rates,
             models=options.models or entrants(options.task, options.data),
             data_dir=options.data_dir,
+            pictures=options.pictures,
         )
     print(table(results))
     print(f"written to {path.resolve()}")

@@ -52,7 +52,8 @@ def test_all_flows_make_a_run_and_none_is_made_twice(
     monkeypatch.setattr(tables, "load_images", lambda name, folder: random_data(100, (1, 8, 8)))
     path = tmp_path / "new" / "density.json"
     make(path, pool, models=["mint", "nice"])
-    results = make(path, pool)
+    results = make(path, pool, pictures=tmp_path / "pictures")
+    assert [one.name for one in (tmp_path / "pictures").iterdir()] == ["digits_mint+_0.001_0.png"]
     assert json.loads(path.read_text()) == results
     assert [made["model"] for made in results["runs"]] == [
         "mint",
@@ -66,6 +67,10 @@ def test_all_flows_make_a_run_and_none_is_made_twice(
         assert made["steps"] == 1
         assert 0 < made["bits_per_dim"] < 100
         assert "diverged" not in made
+        if made["model"] == "mint+":
+            assert made["samples"]["converged"] == made["samples"]["certified"] == 64
+            assert made["samples"]["residual"] < 1e-5
+            assert 0 < made["samples"]["error_bound"] < 1e-2
     monkeypatch.setattr(tables, "run", None)
     assert make(path, pool) == results
     with pytest.raises(tables.OtherTermsError, match=r"has minutes=1e-09, not 2\.0"):
@@ -182,6 +187,9 @@ def test_the_best_checkpoint_is_judged_by_the_test_images(
     _, held_out = data.hold_out(results["changes"]["validation"])
     bits = judge(model, held_out, objective, seed=3).metric.mean()
     assert float(bits) == pytest.approx(made["validation_loss"], rel=1e-6)
+    seconds, losses = zip(*made["curve"], strict=True)
+    assert (list(seconds), len(losses)) == (sorted(seconds), 12)
+    assert min(losses) == losses[made["best_step"] - 1] == round(made["validation_loss"], 4)
     bits = judge(model, data.test, objective, 5).metric.mean()
     assert float(bits) == pytest.approx(made["bits_per_dim"], rel=1e-6)
 

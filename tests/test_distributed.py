@@ -114,9 +114,16 @@ def test_the_curve_is_that_of_one_process(way: str, start: Start, tmp_path: Path
 
 @pytest.mark.full
 @pytest.mark.parametrize("way", ["copies", "shards"])
-def test_a_dequantiser_is_trained_as_in_one_process(way: str, start: Start, tmp_path: Path) -> None:
-    """It is called before the flow itself, outside of what torch puts around that."""
-    command = train("density", "dequantiser=2")
+@pytest.mark.parametrize(
+    "changes",
+    [["dequantiser=2"], ["level_spline=17", "mixture=2", "actnorm=true", "learned_base=true"]],
+    ids=["dequantiser", "stages"],
+)
+def test_what_is_beyond_the_paper_is_trained_as_in_one_process(
+    changes: list[str], way: str, start: Start, tmp_path: Path
+) -> None:
+    """A dequantiser is called outside of what torch puts around a flow; stages start from data."""
+    command = train("density", *changes)
     shard = ["--shard"] if way == "shards" else []
     processes = start([*command, *shard, "--out", str(tmp_path / "two")])
     assert main([*command, "--out", str(tmp_path / "one")]) == 0

@@ -9,7 +9,7 @@ import mintnet_triton as mint
 from mintnet_triton.recipes.data import ImageData, ImageSet
 from mintnet_triton.recipes.objectives import Classification, Density
 from mintnet_triton.recipes.recipe import Recipe
-from mintnet_triton.recipes.training import TrainingResult, train
+from mintnet_triton.recipes.training import TrainingResult, start_from_data, train
 
 
 def random_data(
@@ -28,7 +28,17 @@ def tiny_run(task: str, folder: Path, resume: bool = False) -> TrainingResult:
     model: torch.nn.Module
     objective: Density | Classification
     if task == "density":
-        model = mint.MintNet(1, 4, pairs=2, hidden=4, squeezes=1)
+        model = mint.MintNet(
+            1,
+            4,
+            pairs=2,
+            hidden=4,
+            squeezes=1,
+            level_spline=17,
+            actnorm=True,  # starts from data, which a resumed run must not do again
+            factor_out=True,
+            conditional_prior=2,
+        )
         objective = Density(levels=17, logit_lambda=0.01)
     else:
         model = torch.nn.Sequential(
@@ -47,9 +57,11 @@ def tiny_run(task: str, folder: Path, resume: bool = False) -> TrainingResult:
         average=0.9,
         validation=3,
     )
+    data = random_data()
+    start_from_data(model, data, objective, recipe)
     return train(
         model,
-        random_data(),
+        data,
         objective,
         recipe,
         folder,

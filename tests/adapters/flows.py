@@ -30,8 +30,21 @@ def make_layer() -> mint.MintLayer:
 
 
 def make_flow() -> mint.MintNet:
-    """With latents (8, 2, 1)."""
-    return moved(mint.MintNet(SHAPE[0], SHAPE[1:], pairs=2, hidden=4, squeezes=1)).double()
+    """With latents (8, 2, 1), and with stages beyond the paper."""
+    flow = mint.MintNet(
+        SHAPE[0],
+        SHAPE[1:],
+        pairs=2,
+        hidden=4,
+        squeezes=1,
+        level_spline=17,
+        actnorm=True,
+        mixing=True,
+        factor_out=True,
+        conditional_prior=2,
+        learned_base=True,
+    )
+    return moved(flow).double()
 
 
 def make_conditional_flow() -> mint.MintNet:

@@ -159,9 +159,9 @@ def nice(shape: Shape, width: int) -> PeerFlow:
 def maf(shape: Shape, width: int) -> PeerFlow:
     """MAF (Papamakarios et al. 2017): five masked networks, every second in reverse order."""
     flows = library("zuko").flows
-    return ZukoFlow(
-        shape, flows.MAF(math.prod(shape), transforms=5, hidden_features=[width, width])
-    )
+    features = math.prod(shape)
+    sizes = {"hidden_features": [width, width], "passes": _groups(features, width)}
+    return ZukoFlow(shape, flows.MAF(features, transforms=5, **sizes))
 
 
 def _standardised(flow: Any) -> Any:

@@ -59,8 +59,11 @@ SAMPLES = 64  # to be drawn of a Mint model
 MOST_HELD_OUT = 1000  # of a tenth of the images, so that those looks take little of the time
 
 
+#: in the place of how many values a pixel of the data may take
+LEVELS = "levels"
 #: Mint models with one part each, by what differs from the preset
 VARIANTS: dict[str, dict[str, Any]] = {
+    "mint+spline": {"level_spline": LEVELS, "logit_lambda": 1e-6},
     "mint+actnorm": {"actnorm": True},
     "mint+mixing": {"mixing": True},
     "mint+factor_out": {"factor_out": True},
@@ -143,6 +146,8 @@ def read(job: Job) -> Experiment:
     if job.model not in (PLUS, *VARIANTS):
         return plain
     beyond = VARIANTS.get(job.model) or _beyond(job.data, task)
+    levels = plain.data["levels"]
+    beyond = {name: levels if value == LEVELS else value for name, value in beyond.items()}
     own = read_experiment(job.data, task, {**changes, **beyond})
     return as_large(own, count_parameters(new_model(plain)))
 

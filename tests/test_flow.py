@@ -142,19 +142,28 @@ def test_presets_are_the_papers(
 
 
 def test_a_plus_has_what_differs_from_the_plain_preset() -> None:
-    plain, plus = (load_preset(name, "data") for name in ("digits", "digits+"))
-    assert plus == {**plain, "logit_lambda": 1e-3}
-    assert load_preset("digits+", "density_training") == load_preset("digits", "density_training")
+    def changed(section: str) -> dict[str, Any]:
+        plain, plus = (load_preset(name, section) for name in ("digits", "digits+"))
+        assert plain.keys() <= plus.keys()
+        return {name: value for name, value in plus.items() if value != plain.get(name)}
+
+    assert changed("data") == {"logit_lambda": 1e-6}
+    assert changed("density_training") == {"weight_decay": 1e-4}
+    beyond = {"level_spline": 17, "pairs": 6, "hidden": 27}
+    assert changed("density") == beyond
     flow = mint.MintNet.from_preset("digits+")
-    beyond = {"pairs": 8, "hidden": 23}
     assert flow.arguments == {**mint.MintNet.from_preset("digits").arguments, **beyond}
+    for name in ("mnist", "mnist5k", "fashion"):
+        levels = load_preset(name, "data")["levels"]
+        assert mint.MintNet.from_preset(f"{name}+").arguments["level_spline"] == levels
 
 
 def test_presets_can_be_changed_and_unknown_ones_raise() -> None:
     flow = mint.MintNet.from_preset("mnist", pairs=3, hidden=16)
     assert len(flow.layers) == 5
     names = (
-        r"'cifar10', 'digits', 'digits\+', 'fashion', 'imagenet32', 'mnist', 'mnist5k', 'patches'"
+        r"'cifar10', 'digits', 'digits\+', 'fashion', 'fashion\+', 'imagenet32', 'mnist', "
+        r"'mnist\+', 'mnist5k', 'mnist5k\+', 'patches'"
     )
     with pytest.raises(ValueError, match=rf"presets \[{names}\], got 'svhn'"):
         mint.MintNet.from_preset("svhn")

@@ -37,6 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.peers import PEERS, BudgetError, ResNet, count_parameters
+from bench.show.learning import learning
 from mintnet_triton import MintNet, invert
 from mintnet_triton.presets import PresetError
 from mintnet_triton.recipes.commands import new_model
@@ -460,6 +461,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pictures=options.pictures,
         )
     print(table(results))
+    best = {
+        _names(model, options.task)[0]: min(_runs_of(model, results), key=_loss)
+        for model in dict.fromkeys(made["model"] for made in results["runs"])
+    }
+    figure = learning(best, "bits per dimension, held out" if contest.task == "density" else "loss")
+    if figure is not None:
+        figure.savefig(path.with_suffix(".png"), dpi=150)
     print(f"written to {path.resolve()}")
 
 

@@ -19,6 +19,7 @@ pytest.importorskip("torchflows")
 
 from bench import tables
 from bench.peers import PEERS, BudgetError, count_parameters
+from bench.show.learning import learning
 from mintnet_triton.recipes.data import load_images
 from mintnet_triton.recipes.evaluation import evaluate as judge
 from mintnet_triton.recipes.objectives import make_objective
@@ -134,6 +135,8 @@ def test_the_command_makes_runs_in_processes_of_one_thread(
     size = {made["model"]: made["parameters"] for made in runs}
     assert abs(size["resnet"] - size["mint"]) <= 0.1 * size["mint"]
     assert f"written to {path}" in capsys.readouterr().out
+    picture = path.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
 
 
 def test_other_seeds_are_tried_at_the_best_rate_alone(
@@ -192,6 +195,18 @@ def test_the_best_checkpoint_is_judged_by_the_test_images(
     assert min(losses) == losses[made["best_step"] - 1] == round(made["validation_loss"], 4)
     bits = judge(model, data.test, objective, 5).metric.mean()
     assert float(bits) == pytest.approx(made["bits_per_dim"], rel=1e-6)
+
+
+def test_curves_are_drawn_of_runs_that_have_some() -> None:
+    curve = [[6.0, 9.0], [60.0, 3.0], [120.0, 2.0]]
+    figure = learning({"MintNet": {"curve": curve}, "old": {}}, "bits")
+    assert figure is not None
+    (axis,) = figure.axes
+    (line,) = axis.lines
+    assert (line.get_label(), line.get_xydata().tolist()) == (  # type: ignore[union-attr]
+        "MintNet", [[0.1, 9.0], [1.0, 3.0], [2.0, 2.0]])  # fmt: skip
+    assert axis.get_ylim() == pytest.approx((1.95, 3.05))  # the first look is beyond it
+    assert learning({"old": {}}, "bits") is None
 
 
 def test_a_diverged_run_is_recorded(

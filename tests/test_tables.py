@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -112,6 +113,13 @@ def test_an_ablation_is_of_models_of_one_size() -> None:
         assert abs(count_parameters(tables.build(name, variant)) - size) <= 0.05 * size
 
 
+@pytest.mark.parametrize(("data", "levels"), [("digits", 17), ("mnist5k", 256)])
+def test_a_spline_has_the_levels_of_the_data(data: Any, levels: int) -> None:
+    found = tables.read(job("mint+spline")._replace(data=data))
+    assert (found.model["level_spline"], found.data["logit_lambda"]) == (levels, 1e-6)
+    assert found.model["hidden"] >= 4 ** found.model["squeezes"]  # or it could not be made
+
+
 def test_what_a_plus_changes_stands_above_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     plus = tables.read(job("mint+"))
     own = read_experiment("digits+", "density")
@@ -203,8 +211,8 @@ def test_curves_are_drawn_of_runs_that_have_some() -> None:
     assert figure is not None
     (axis,) = figure.axes
     (line,) = axis.lines
-    assert (line.get_label(), line.get_xydata().tolist()) == (  # type: ignore[union-attr]
-        "MintNet", [[0.1, 9.0], [1.0, 3.0], [2.0, 2.0]])  # fmt: skip
+    assert line.get_label() == "MintNet"
+    assert np.array(line.get_data()).tolist() == [[0.1, 1.0, 2.0], [9.0, 3.0, 2.0]]
     assert axis.get_ylim() == pytest.approx((1.95, 3.05))  # the first look is beyond it
     assert learning({"old": {}}, "bits") is None
 

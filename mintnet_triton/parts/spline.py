@@ -121,7 +121,7 @@ class LevelSpline(TriangularMap):
 
     def _inverse(self, y: Tensor) -> Tensor:
         """x with y(x) = y."""
-        ends = torch.cat([self.least, self.least + self.log_height.exp().cumsum(1)], 1)
+        ends = self._ends(self.log_height.exp())
         by_channel = y.transpose(0, 1).reshape(self.channels, -1).contiguous()
         piece = torch.searchsorted(ends[:, 1:-1].contiguous(), by_channel)
         piece = piece.view(self.channels, len(y), *y.shape[2:]).transpose(0, 1)
@@ -143,12 +143,16 @@ class LevelSpline(TriangularMap):
         """Of the pieces of those indices: width, left end, low end, height, both slopes."""
         knots, log_height = self.knots.to(dtype), self.log_height.to(dtype)
         height, slope = log_height.exp(), self.log_slope.to(dtype).exp()
-        low = self.least.to(dtype) + F.pad(height[:, :-1].cumsum(1), (1, 0))
+        low = self._ends(height)[:, :-1]
         count = height.shape[1]
         rows = torch.stack([low, height, slope[:, :-1], slope[:, 1:]], 2).flatten(0, 1)
         channel = torch.arange(self.channels, device=piece.device)
         index = piece + count * channel.view(-1, *[1] * (piece.ndim - 2))
         return knots.diff()[piece], knots[piece], *F.embedding(index, rows).unbind(-1)
+
+    def _ends(self, height: Tensor) -> Tensor:
+        """y at the knots, (C, pieces + 1)."""
+        return self.least.to(height.dtype) + F.pad(height.cumsum(1), (1, 0))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, levels={self.levels}"

@@ -258,6 +258,34 @@ def test_a_report_carries_no_gradient_and_inversion_changes_no_parameter() -> No
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("size", [(1,), (1, 1), (1, 1, 1)])
+def test_a_sample_of_one_pixel(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One bias stands for all sums there, and is not to be added to; the inverse has gradients."""
+    layer = mint.MintLayer(2, size, 4, kernel_size=1, initialisation="classifier", dtype=dtype)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(1, 2, *size, dtype=dtype)
+    z = layer(x)[0].detach().requires_grad_()
+    back, log_det = layer.inverse(z)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(back.detach(), x, rtol=tolerance, atol=tolerance)
+    (by_z,) = torch.autograd.grad(log_det.sum(), z, retain_graph=True)
+    rows = [torch.autograd.grad(one, z, retain_graph=True)[0].flatten() for one in back.flatten()]
+    twin = mint.MintLayer(2, size, 4, kernel_size=1).double()
+    twin.load_state_dict(before)
+    exact = x.double().requires_grad_()
+    y, forward_log_det = twin(exact)
+    jacobian = torch.stack(
+        [torch.autograd.grad(one, exact, retain_graph=True)[0].flatten() for one in y.flatten()]
+    )
+    (by_x,) = torch.autograd.grad(forward_log_det.sum(), exact)
+    inverse = torch.linalg.inv(jacobian)
+    wanted = {"rows": inverse, "log_det": -by_x.flatten() @ inverse}
+    found = {"rows": torch.stack(rows).double(), "log_det": by_z.flatten().double()}
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
 def test_the_start_is_z_over_t() -> None:
     layer = mint.MintLayer(1, 3, 2).double()
     with torch.no_grad():

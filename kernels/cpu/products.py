@@ -41,7 +41,7 @@ class PaddedImages:
         """The convolution of the first channels by weights (k, k, outputs, inputs)."""
         inputs, canvas = weight.shape[-1], self.canvas
         first, span = canvas.guard, self.batch * canvas.steps[0]
-        sums = bias.unsqueeze(1).expand(-1, span).contiguous()
+        sums = bias.unsqueeze(1).repeat(1, span)  # a copy even of one, for it is added to
         taps = offsets(len(weight), len(canvas.size)) if inputs else ()
         for away, of_tap in zip(taps, weight.flatten(0, -3), strict=False):
             seen = first + canvas.distance(away)

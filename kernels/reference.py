@@ -56,6 +56,7 @@ class Weights(NamedTuple):
 class Condition(NamedTuple):
     """What a context changes of a Mint layer, sample by sample: (B, n, H, W), or (B, n, 1, 1).
 
+    What is the same for all samples may be given as of one.
     Shifts are added to the biases, and the scale multiplies t. They stand beside the weights, and
     not in their place, so that zeros and ones change no rounding, nor that of a gradient.
     """
@@ -66,7 +67,11 @@ class Condition(NamedTuple):
     scale: Tensor  # n = C, positive, at least float32
 
     def of_samples(self, chosen: Tensor) -> "Condition":
-        return Condition(*(one[chosen] for one in self))
+        return Condition(*(one if len(one) == 1 else one[chosen] for one in self))
+
+    def of_batch(self, samples: int, dtype: torch.dtype) -> "Condition":
+        """For so many samples, without copies of what they share."""
+        return Condition(*(one.to(dtype).expand(samples, *one.shape[1:]) for one in self))
 
 
 def shifted(values: Tensor, shift: Tensor | None) -> Tensor:

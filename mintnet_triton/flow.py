@@ -66,6 +66,7 @@ class Parts(TypedDict, total=False):
     """What a flow has beyond the paper; nothing of it by default."""
 
     level_spline: int | None
+    position_bias: int | None
     mixture: int | None
     actnorm: bool
     mixing: bool
@@ -73,6 +74,10 @@ class Parts(TypedDict, total=False):
     conditional_prior: int | None
     learned_base: bool
     dequantiser: int | None
+
+
+#: of the parts, those that are a number, or None
+NUMBERS = ("level_spline", "position_bias", "mixture", "conditional_prior", "dequantiser")
 
 
 class MintNet(Chain):
@@ -101,6 +106,7 @@ class MintNet(Chain):
             is linear, and starts at zero.
         level_spline: levels of the images, for a :class:`.LevelSpline` of their logits, before all
             else.
+        position_bias: frequencies along each axis of a :class:`.PositionBias` of every Mint layer.
         mixture: components of a :class:`.LogisticMixture` of every variable, before the pairs.
         actnorm: an :class:`.ActNorm` before each pair, of every variable before the first, and of
             each channel before the others.
@@ -203,6 +209,7 @@ class MintNet(Chain):
                     initialisation="near_identity" if near_identity else "density",
                     context=context,
                     context_network=context_network,
+                    position_bias=chosen.get("position_bias"),
                 )
             )
         if chosen.get("learned_base"):
@@ -363,7 +370,7 @@ def _checked(parts: Parts) -> dict[str, Any]:
         raise TypeError(f"MintNet has no argument {unknown[0]!r}; its parts are {sorted(known)}")
     chosen: dict[str, Any] = {}
     for name, value in parts.items():
-        if name in ("level_spline", "mixture", "conditional_prior", "dequantiser"):
+        if name in NUMBERS:
             value = None if value is None else check_integer(name, value, least=1)
         elif not isinstance(value, bool):
             raise TypeError(f"{name} must be true or false, got {value!r}")

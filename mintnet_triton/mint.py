@@ -15,6 +15,7 @@ from mintnet_triton.checks import (
     as_size,
     check_axes,
     check_finite,
+    check_integer,
     check_positive,
 )
 from mintnet_triton.context import ContextLinear, ContextNetwork, check_maker, make_network
@@ -44,6 +45,7 @@ from mintnet_triton.kernels import (
     with_centres,
 )
 from mintnet_triton.ordering import Order, Ordering, Triangle
+from mintnet_triton.position import PositionBias
 from mintnet_triton.solvers import (
     Evaluator,
     FixedPoint,
@@ -117,6 +119,8 @@ class MintLayer(TriangularMap):
             ``nn.Module``, or a function that makes one for P outputs; None, the default, for a
             :class:`.ContextLinear`, which starts at zero. That one alone takes ``device`` and
             ``dtype``, and is started anew by :meth:`reset_parameters`.
+        position_bias: frequencies along each axis of a :class:`.PositionBias`: values as those of a
+            context, (P, H, W), that are learnt and added to them; None, the default, for none.
         device, dtype: of the parameters; torch's defaults if None.
 
     Raises:
@@ -139,6 +143,7 @@ class MintLayer(TriangularMap):
         *,
         context: int | None = None,
         context_network: ContextNetwork | None = None,
+        position_bias: int | None = None,
     ) -> None:
         super().__init__()
         channels, hidden = check_positive(channels=channels, hidden=hidden)
@@ -148,7 +153,7 @@ class MintLayer(TriangularMap):
         self.recompute = recompute
         self._blocks = _Blocks()
         self._watching = _Keys()  # of pre-hooks of convolutions that want their input
-        self._condition: Condition | None = None  # of a view for a context
+        self._given: Condition | None = None  # of a view for a context, or with tensors given
         if initialisation not in get_args(Initialisation):
             raise ValueError(
                 f"initialisation must be one of {get_args(Initialisation)}, got {initialisation!r}"
@@ -178,6 +183,12 @@ class MintLayer(TriangularMap):
         self.context, self.context_network = make_network(
             context, context_network, self._context_outputs, device=device, dtype=dtype
         )
+        self.position_bias = None
+        if position_bias is not None:
+            frequencies = check_integer("position_bias", position_bias, least=1)
+            self.position_bias = PositionBias(
+                frequencies, self.size, self._context_outputs, device=device, dtype=dtype
+            )
         self._initialise()
 
     def reset_parameters(self) -> None:
@@ -186,6 +197,8 @@ class MintLayer(TriangularMap):
             conv.reset_parameters()
         if isinstance(self.context_network, ContextLinear):
             self.context_network.reset_parameters()
+        if self.position_bias is not None:
+            self.position_bias.reset_parameters()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -244,15 +257,34 @@ class MintLayer(TriangularMap):
             )
         if values.ndim == 2:  # the same at every pixel
             values = values.reshape(batch, outputs, *[1] * len(self.size))
-        inner = self.channels * self.hidden
-        shift1, shift2, shift3, s = values.split([inner, inner, self.channels, self.channels], 1)
-        scale = s.to(log_det_dtype(like)).exp().clamp(min=LEAST_SCALE)
+        given = self._as_condition(values)
         if values.device.type == "cpu":  # as inputs are looked at
             check_finite("what context_network gives", values)
-            check_finite("exp(s) of what context_network gives", scale)
+            check_finite("exp(s) of what context_network gives", given.scale)
+        if self.position_bias is not None:
+            given = self._as_condition(values + self.position_bias())
         view = twin(self)
-        view.context, view._condition = None, Condition(shift1, shift2, shift3, scale)
+        view.context, view._given = None, given
         return view
+
+    def _as_condition(self, values: Tensor) -> Condition:
+        """From (B, P, H, W), or (B, P, 1, 1)."""
+        inner = self.channels * self.hidden
+        shift1, shift2, shift3, s = values.split([inner, inner, self.channels, self.channels], 1)
+        dtype = torch.promote_types(s.dtype, log_det_dtype(first_tensor(self)))
+        scale = s.to(dtype).exp().clamp(min=LEAST_SCALE)
+        return Condition(shift1, shift2, shift3, scale)
+
+    @property
+    def _condition(self) -> Condition | None:
+        """What a context and the position bias change; that bias alone is one sample for all."""
+        if self._given is not None or self.position_bias is None:
+            return self._given
+        return self._as_condition(self.position_bias())
+
+    def _condition_of(self, x: Tensor) -> Condition | None:
+        condition = self._condition
+        return condition and condition.of_batch(x.shape[0], log_det_dtype(x))
 
     @property
     def _frozen(self) -> FrozenWeights | None:
@@ -404,7 +436,7 @@ class MintLayer(TriangularMap):
         convs = {
             name: conv
             for name, conv in self._modules.items()
-            if conv is not None and name != "context_network"  # which is called by itself
+            if conv is not None and conv not in (self.context_network, self.position_bias)
         }
         watched = any(
             is_watched(conv) or self._watching & conv._forward_pre_hooks.keys()
@@ -424,7 +456,8 @@ class MintLayer(TriangularMap):
         weights = self._weights()
         weights = weights.weights if isinstance(weights, FrozenWeights) else weights
         found = {name: getattr(weights, name) for name in _TENSORS}
-        return found | (self._condition._asdict() if self._condition else {})
+        condition = self._condition
+        return found | (condition._asdict() if condition else {})
 
     def view(self, tensors: Mapping[str, Tensor]) -> Self:
         view = shallow(self)
@@ -434,15 +467,15 @@ class MintLayer(TriangularMap):
         if not frozen or any(frozen[name] is not tensor for name, tensor in weights.items()):
             view._blocks = _Blocks([FrozenWeights(with_centres(**weights))])
         # Else it shares what is packed, for its weights are those that are frozen.
-        if self._condition is not None:
-            view._condition = Condition(*(tensors[name] for name in Condition._fields))
+        if set(Condition._fields) <= tensors.keys():
+            view._given = Condition(*(tensors[name] for name in Condition._fields))
         return view
 
     def of_samples(self, chosen: Tensor) -> Self:
-        if self._condition is None:
+        if self._given is None:
             return self
         view = twin(self)
-        view._condition = self._condition.of_samples(chosen)
+        view._given = self._given.of_samples(chosen)
         return view
 
     def evaluator(self) -> Evaluator:
@@ -450,12 +483,17 @@ class MintLayer(TriangularMap):
         weights, call = self._weights(), self._call()
         if isinstance(weights, MintWeights) and not torch.is_grad_enabled():
             weights = FrozenWeights(weights)  # packed once for all evaluations
-        arguments = (weights, self.activation, *self._structure)
-        return lambda x: mint_forward(x, *arguments, call=call, condition=self._condition)[:2]
+        arguments, condition = (weights, self.activation, *self._structure), self._condition
+
+        def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+            given = condition and condition.of_batch(x.shape[0], log_det_dtype(x))
+            return mint_forward(x, *arguments, call=call, condition=given)[:2]
+
+        return evaluate
 
     def start(self, z: Tensor) -> Tensor:
         t = self._frozen.weights.t if self._frozen else self.positive_t()
-        return z / scaled(t, self._condition)
+        return z / scaled(t, self._condition_of(z))
 
     def solve(
         self, z: Tensor, solver: Solver, *, trace: bool, reference: Tensor | None
@@ -475,7 +513,7 @@ class MintLayer(TriangularMap):
             solver.iterations,
             solver.tolerance_for(z.dtype),
             solver.coarse and not trace,
-            self._condition,
+            self._condition_of(z),
         )
         # A sample that has stopped keeps its last value in the rows that follow.
         rows = torch.arange(1, solver.iterations + 1, device=z.device)[:, None]
@@ -489,8 +527,11 @@ class MintLayer(TriangularMap):
         weights = weights.weights if isinstance(weights, FrozenWeights) else weights
         return MintWeights(*(weight.detach().to(dtype) for weight in weights))
 
-    def _condition_in(self, dtype: torch.dtype) -> Condition | None:
+    def _condition_in(self, dtype: torch.dtype, samples: int | None = None) -> Condition | None:
+        """In that dtype, without gradients, for so many samples or as it is."""
         given = self._condition
+        if given is not None and samples is not None:
+            given = given.of_batch(samples, dtype)
         return given and Condition(*(one.detach().to(dtype) for one in given))
 
     def slope_bounds(self) -> tuple[Tensor, Tensor] | None:
@@ -518,27 +559,28 @@ class MintLayer(TriangularMap):
                 f"activation {self.activation.name!r} has no steepest slope, which Wavefront needs "
                 "for its brackets: give Activation(..., steepest=...) a bound of the derivative"
             )
-        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64, len(z))
         return mint_wavefront(z.double(), weights, self.activation, *self._structure, given)
 
     def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
-        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64, len(x))
         y = mint_exact_map(x.double(), weights, self.activation, *self._structure, given)
         return relative_residual(y, z.double())
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
-        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64, len(x))
         arguments = (weights, self.activation, *self._structure, transpose, given)
         solve = mint_jacobian_solver(x.double(), *arguments)
         return lambda right: solve(right.double()).to(x.dtype)
 
     def magnitude(self, x: Tensor) -> Tensor:
-        weights, given = self._weights_in(x.dtype), self._condition_in(x.dtype)
+        weights, given = self._weights_in(x.dtype), self._condition_in(x.dtype, len(x))
         return mint_magnitude(x, weights, self.activation, given)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         arguments = (self._weights_for(x), self.activation, *self._structure)
-        y, _, log_det = mint_forward(x, *arguments, self.recompute, self._call(), self._condition)
+        call, condition = self._call(), self._condition_of(x)
+        y, _, log_det = mint_forward(x, *arguments, self.recompute, call, condition)
         return y, log_det  # t > 0 keeps the diagonal from zero
 
     def transform(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -552,7 +594,7 @@ class MintLayer(TriangularMap):
         run_weight_hooks(self)
         layer = self.given(context)
         arguments = (layer._weights_for(x), self.activation, *self._structure)
-        return mint_map(x, *arguments, self._call(), layer._condition)
+        return mint_map(x, *arguments, self._call(), layer._condition_of(x))
 
     def extra_repr(self) -> str:
         return (
@@ -588,7 +630,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
     Their weights are masked, corrected and packed once, instead of at every call: for sampling and
     evaluation in many batches. Changes made to the parameters inside are not seen until the end;
-    but context networks are called as ever. Gradients are off, as under ``torch.no_grad()``.
+    but context networks and position biases are called as ever. Gradients are off, as under
+    ``torch.no_grad()``.
 
     Args:
         module: a layer, a network, or any module that has Mint layers inside; a copy of it made in

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     z: Tensor
 
 
-def make(seed: int, axes: int = 2) -> Problem:
+def make(seed: int, axes: int = 2, position_bias: int | None = None) -> Problem:
     """A problem of its own for each seed, of images of so many axes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,6 +46,7 @@ def make(seed: int, axes: int = 2) -> Problem:
         ("channel", "pixel")[choose(2)],
         (1, 3, 3, 5)[choose(4)],
         "elu" if choose(2) else NAMES[choose(len(NAMES))],
+        position_bias=position_bias,
     )
     scale = draw(0.3, 100)
     with torch.no_grad():
@@ -57,11 +58,12 @@ def make(seed: int, axes: int = 2) -> Problem:
         if choose(4) == 0:
             layer.conv1.bias.sub_(30 * scale)  # type: ignore[union-attr]  # ELU saturates
         layer.t.copy_(draw(1e-6, 1) * torch.rand(layer.t.shape, generator=generator).add(0.1))
+        if layer.position_bias is not None:  # whose t goes further down, and up
+            layer.position_bias.weight.normal_(std=draw(0.01, 3), generator=generator)
     z = draw(1e-2, 1e4) * torch.randn(2, channels, *size, generator=generator)
     if choose(2):  # a z that some x of this size gives
         with torch.no_grad():
-            image = layer.double()(z.double())[0]
-            layer.float()
+            image = copy.deepcopy(layer).double()(z.double())[0]
         if bool((image.abs() < 1e30).all()):
             z = image.float()
     return Problem(layer, z)
@@ -83,6 +85,7 @@ def judge(problem: Problem) -> Counter[str]:
     assert not bool(result.residual.isnan().any())
     assert not bool(result.error_bound.isnan().any())
     exact = copy.deepcopy(layer).double()
+    condition = exact._condition_in(torch.float64, len(z))
     with torch.no_grad():
         weights = MintWeights(*exact.effective_weights())
         y, _ = exact(result.x.double())
@@ -91,7 +94,7 @@ def judge(problem: Problem) -> Counter[str]:
     assert not bool(false.any()), f"converged, but the residual is {truth[false]}"
     assert layer.ordering is not None
     order, triangle = layer.ordering.order, layer.ordering.triangle
-    solution = fronts.wavefront(z.double(), weights, layer.activation, order, triangle).x
+    solution = fronts.wavefront(z.double(), weights, layer.activation, order, triangle, condition).x
     error = (result.x.double() - solution).abs().flatten(1).amax(1)
     beyond = ~(error <= result.error_bound)
     assert not bool(beyond.any()), f"error {error[beyond]}, bound {result.error_bound[beyond]}"
@@ -111,12 +114,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--axes", type=int, default=2)
+    parser.add_argument("--position-bias", type=int, help="frequencies; default: none")
     options = parser.parse_args()
     total: Counter[str] = Counter()
     torch.set_num_threads(1)
     for seed in range(options.first, options.first + options.count):
         try:
-            total += judge(make(seed, options.axes))
+            total += judge(make(seed, options.axes, options.position_bias))
         except AssertionError as error:
             total["wrong"] += 1
             print(f"seed {seed}: {error}")

@@ -327,7 +327,7 @@ def test_rounding_is_relative_to_what_a_context_adds() -> None:
             conv.bias += shift[0, :, 0, 0]
         own.t.mul_(condition.scale[0])
         view = layer.given(context)
-        view._condition = condition
+        view._given = condition
         torch.testing.assert_close(view.magnitude(x), own.magnitude(x))
 
 

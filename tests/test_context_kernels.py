@@ -12,7 +12,7 @@ from mintnet_triton.kernels.gpu import mint_layer
 from mintnet_triton.solvers import Wavefront
 from tests import grid
 
-CASES = [
+CASES: list[tuple[str, dict[str, Any]]] = [
     ("vector", {"triangle": "lower", "order": "channel"}),
     ("map", {"triangle": "upper", "order": "pixel", "kernel_size": (1, 3, 1)}),
 ]
@@ -24,8 +24,9 @@ def make_layer(dtype: torch.dtype = torch.float64, **arguments: Any) -> MintLaye
     layer = MintLayer(**shape | {"initialisation": "classifier"} | arguments).to(dtype)
     with torch.no_grad():
         layer.t.uniform_(0.3, 2).mul_(torch.randn_like(layer.t).sign())
-        if layer.context_network is not None:
-            for parameter in layer.context_network.parameters():
+        for name in ("context_network", "position_bias"):
+            network = getattr(layer, name)
+            for parameter in () if network is None else network.parameters():
                 parameter.normal_(std=0.5)
     return layer.to(grid.DEVICE)
 
@@ -59,11 +60,20 @@ def everything(
     return {name: value.detach().clone() for name, value in found.items() if value is not None}
 
 
-@pytest.mark.parametrize(("kind", "arguments"), CASES, ids=["vector", "map"])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        *CASES,
+        ("none", {"context": None, "position_bias": 2, **CASES[1][1]}),
+        ("vector", {"position_bias": 2, **CASES[0][1]}),
+    ],
+    ids=["vector", "map", "position", "position and vector"],
+)
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_kernels_and_plain_torch_agree(kind: str, arguments: dict[str, Any], inverse: bool) -> None:
     layer = make_layer(**arguments)
-    x, context = inputs(kind)
+    x, given = inputs(kind)
+    context = None if kind == "none" else given
     results = []
     for backend in ("triton", "torch"):
         with use_backend(backend):

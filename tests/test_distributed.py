@@ -116,7 +116,10 @@ def test_the_curve_is_that_of_one_process(way: str, start: Start, tmp_path: Path
 @pytest.mark.parametrize("way", ["copies", "shards"])
 @pytest.mark.parametrize(
     "changes",
-    [["dequantiser=2"], ["level_spline=17", "mixture=2", "actnorm=true", "learned_base=true"]],
+    [
+        ["dequantiser=2"],
+        ["level_spline=17", "position_bias=2", "mixture=2", "actnorm=true", "learned_base=true"],
+    ],
     ids=["dequantiser", "stages"],
 )
 def test_what_is_beyond_the_paper_is_trained_as_in_one_process(

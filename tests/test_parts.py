@@ -27,12 +27,14 @@ from mintnet_triton.parts import (
     LogisticMixture,
     PointwiseConv,
 )
+from mintnet_triton.position import PositionBias
 from mintnet_triton.solvers import Evaluator, Solution, Solver
 from tests import adversarial_parts
 from tests.jacobian import BOTH, in_order, jacobian
 
 ALL: dict[str, Any] = {
     "level_spline": 5,
+    "position_bias": 2,
     "mixture": 2,
     "actnorm": True,
     "mixing": True,
@@ -54,6 +56,7 @@ ON_IMAGES: dict[str, Callable[[], mint.Invertible]] = {
     "actnorm of variables": lambda: ActNorm(2, 4),
     "pointwise": lambda: PointwiseConv(2),
     "spline": lambda: LevelSpline(2, 5),
+    "position bias": lambda: mint.MintPair(2, 4, 3, position_bias=3),
     "mixture": lambda: LogisticMixture(2, 4, 3),
     "prior": lambda: ConditionalPrior(2, 1, 3),
     "factor out": lambda: FactorOut(
@@ -85,6 +88,7 @@ def moved(module: mint.Invertible, dtype: torch.dtype = torch.float64) -> mint.I
     for layer in module.modules():
         stiff = MaskedConv | mint.MintLayer | LevelSpline
         scale = 0.1 if isinstance(layer, stiff) else 0.4
+        scale = 0.02 if isinstance(layer, PositionBias) else scale
         for parameter in layer.parameters(recurse=False):
             parameter.data += scale * torch.randn_like(parameter)
     return module.to(dtype).eval()

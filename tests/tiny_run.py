@@ -35,6 +35,7 @@ def tiny_run(task: str, folder: Path, resume: bool = False) -> TrainingResult:
             hidden=4,
             squeezes=1,
             level_spline=17,
+            position_bias=2,
             actnorm=True,  # starts from data, which a resumed run must not do again
             factor_out=True,
             conditional_prior=2,

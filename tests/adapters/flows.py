@@ -38,6 +38,7 @@ def make_flow() -> mint.MintNet:
         hidden=4,
         squeezes=1,
         level_spline=17,
+        position_bias=2,
         actnorm=True,
         mixing=True,
         factor_out=True,

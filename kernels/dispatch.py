@@ -124,10 +124,6 @@ def _in_float32(weights: MintWeights | FrozenWeights) -> MintWeights | FrozenWei
     return MintWeights(*(weight.float() for weight in weights))
 
 
-def _given_in_float32(condition: Condition | None) -> Condition | None:
-    return condition and Condition(*(one.float() for one in condition))
-
-
 def _numba_layer(
     x: Tensor,
     weights: MintWeights | FrozenWeights,
@@ -142,7 +138,7 @@ def _numba_layer(
         mint_layer as cpu_mint_layer,  # here, for numba takes time to import
     )
 
-    condition = _given_in_float32(condition)
+    condition = condition and condition.to(torch.float32)
     frozen = isinstance(weights, FrozenWeights) and not torch.compiler.is_compiling()
     if frozen and not (torch.is_grad_enabled() and x.requires_grad):
         assert isinstance(weights, FrozenWeights)
@@ -171,7 +167,8 @@ def mint_map(
     assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
-            arguments = (activation, order, triangle, call, _given_in_float32(condition))
+            condition = condition and condition.to(torch.float32)
+            arguments = (activation, order, triangle, call, condition)
             return mint_map(x.float(), _in_float32(weights), *arguments).to(x.dtype)
     if not watched and use_numba_layer(x, activation):
         return _numba_layer(
@@ -206,6 +203,7 @@ def mint_forward(
     """
     watched = call is not None
     if use_triton(x, activation, watched):
+        condition = condition and condition.of_batch(x.shape[0])
         if x.ndim == 3:
             y, diagonal, log_det = mint_forward(
                 as_image(x), weights, activation, order, triangle, recompute,
@@ -225,7 +223,8 @@ def mint_forward(
     assert not isinstance(weights, Weights)
     if use_float32(x, weights.weight2, activation):
         with torch.autocast("cpu", enabled=False):
-            arguments = (order, triangle, recompute, call, _given_in_float32(condition))
+            condition = condition and condition.to(torch.float32)
+            arguments = (order, triangle, recompute, call, condition)
             results = mint_forward(x.float(), _in_float32(weights), activation, *arguments)
         return results[0].to(x.dtype), *results[1:]
     if not watched and use_numba_layer(x, activation):
@@ -275,6 +274,7 @@ def fixed_point(
     Returns:
         As :class:`.inversion.Iterated`, of the finish; and the iterations of both.
     """
+    condition = condition and condition.of_batch(z.shape[0])
     if z.ndim == 3:
         x, *rest = fixed_point(
             as_image(z), as_image(start), weights, activation, order, triangle, alpha, iterations,
@@ -311,6 +311,7 @@ def mint_wavefront(
     """A Mint layer inverted in the order of dependency; see :func:`.fronts.wavefront`."""
     if not len(z):
         return fronts.empty_wave(z)
+    condition = condition and condition.of_batch(len(z))
     if use_triton(z, None if isinstance(hidden, Slopes) else hidden):
         image = as_image(z)
         if isinstance(hidden, Slopes):
@@ -373,7 +374,8 @@ def mint_jacobian_solver(
         repeated = Slopes(*(one.repeat(times, *ones) for one in slopes))
         again = linear
         if condition is not None:  # of which a linear layer keeps the scale alone
-            again = linear._replace(t=scaled(linear.t, condition).repeat(times, *ones))
+            t = scaled(linear.t, condition.of_batch(len(x)))
+            again = linear._replace(t=t.repeat(times, *ones))
         return mint_wavefront(right, again, repeated, order, triangle).x
 
     return solve

@@ -69,9 +69,13 @@ class Condition(NamedTuple):
     def of_samples(self, chosen: Tensor) -> "Condition":
         return Condition(*(one if len(one) == 1 else one[chosen] for one in self))
 
-    def of_batch(self, samples: int, dtype: torch.dtype) -> "Condition":
+    def of_batch(self, samples: int) -> "Condition":
         """For so many samples, without copies of what they share."""
-        return Condition(*(one.to(dtype).expand(samples, *one.shape[1:]) for one in self))
+        return Condition(*(one.expand(samples, *one.shape[1:]) for one in self))
+
+    def to(self, dtype: torch.dtype) -> "Condition":
+        """In that dtype."""
+        return Condition(*(one.to(dtype) for one in self))
 
 
 def shifted(values: Tensor, shift: Tensor | None) -> Tensor:

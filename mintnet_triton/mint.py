@@ -284,7 +284,7 @@ class MintLayer(TriangularMap):
 
     def _condition_of(self, x: Tensor) -> Condition | None:
         condition = self._condition
-        return condition and condition.of_batch(x.shape[0], log_det_dtype(x))
+        return condition and condition.to(log_det_dtype(x))
 
     @property
     def _frozen(self) -> FrozenWeights | None:
@@ -486,7 +486,7 @@ class MintLayer(TriangularMap):
         arguments, condition = (weights, self.activation, *self._structure), self._condition
 
         def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-            given = condition and condition.of_batch(x.shape[0], log_det_dtype(x))
+            given = condition and condition.to(log_det_dtype(x))
             return mint_forward(x, *arguments, call=call, condition=given)[:2]
 
         return evaluate
@@ -527,11 +527,8 @@ class MintLayer(TriangularMap):
         weights = weights.weights if isinstance(weights, FrozenWeights) else weights
         return MintWeights(*(weight.detach().to(dtype) for weight in weights))
 
-    def _condition_in(self, dtype: torch.dtype, samples: int | None = None) -> Condition | None:
-        """In that dtype, without gradients, for so many samples or as it is."""
+    def _condition_in(self, dtype: torch.dtype) -> Condition | None:
         given = self._condition
-        if given is not None and samples is not None:
-            given = given.of_batch(samples, dtype)
         return given and Condition(*(one.detach().to(dtype) for one in given))
 
     def slope_bounds(self) -> tuple[Tensor, Tensor] | None:
@@ -559,22 +556,22 @@ class MintLayer(TriangularMap):
                 f"activation {self.activation.name!r} has no steepest slope, which Wavefront needs "
                 "for its brackets: give Activation(..., steepest=...) a bound of the derivative"
             )
-        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64, len(z))
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
         return mint_wavefront(z.double(), weights, self.activation, *self._structure, given)
 
     def exact_residual(self, x: Tensor, z: Tensor) -> Tensor:
-        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64, len(x))
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
         y = mint_exact_map(x.double(), weights, self.activation, *self._structure, given)
         return relative_residual(y, z.double())
 
     def jacobian_solver(self, x: Tensor, *, transpose: bool = False) -> LinearSolver:
-        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64, len(x))
+        weights, given = self._weights_in(torch.float64), self._condition_in(torch.float64)
         arguments = (weights, self.activation, *self._structure, transpose, given)
         solve = mint_jacobian_solver(x.double(), *arguments)
         return lambda right: solve(right.double()).to(x.dtype)
 
     def magnitude(self, x: Tensor) -> Tensor:
-        weights, given = self._weights_in(x.dtype), self._condition_in(x.dtype, len(x))
+        weights, given = self._weights_in(x.dtype), self._condition_in(x.dtype)
         return mint_magnitude(x, weights, self.activation, given)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

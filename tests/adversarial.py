@@ -85,7 +85,7 @@ def judge(problem: Problem) -> Counter[str]:
     assert not bool(result.residual.isnan().any())
     assert not bool(result.error_bound.isnan().any())
     exact = copy.deepcopy(layer).double()
-    condition = exact._condition_in(torch.float64, len(z))
+    condition = exact._condition_in(torch.float64)
     with torch.no_grad():
         weights = MintWeights(*exact.effective_weights())
         y, _ = exact(result.x.double())

@@ -198,6 +198,21 @@ def test_compiled_layers_agree_with_float64(case: dict[str, Any]) -> None:
         assert error < 5e-5, f"{name}: {error:.1e}"
 
 
+@pytest.mark.skipif(not numba_compiles(), reason="there are no threads of ours then")
+def test_threads_add_up_what_they_find() -> None:
+    layer = make_layer(torch.float32)
+    x = torch.randn(96, CHANNELS, *SIZE)  # several groups
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found.append(everything(layer, x))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
 def test_samples_that_stop_leave_the_others_theirs() -> None:
     layer = make_layer(torch.float32)
     x = torch.randn(6, CHANNELS, *SIZE) * torch.tensor([0, 1e-3, 1, 3, 10, 30]).view(6, 1, 1, 1)
@@ -260,6 +275,18 @@ def test_maps_are_rounded_by_nothing_but_the_weight(dtype: torch.dtype) -> None:
     found.sum().backward()
     assert module.weight.grad is not None
     assert module.weight.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batches(backend: str) -> None:
+    layer = make_layer(torch.float32)
+    x = torch.randn(0, CHANNELS, *SIZE)
+    with use_backend(backend):
+        found = everything(layer, x)
+    assert found["y"].shape == found["back"].shape == x.shape
+    for name, parameter in layer.named_parameters():
+        for key in (name, f"{name}, inverse"):
+            assert torch.equal(found[key], torch.zeros_like(parameter)), key
 
 
 def test_frozen_and_functional() -> None:

@@ -297,14 +297,30 @@ def slopes_of_row(activation, canvas, y, channels, lines, row):
         slopes(activation, canvas[place:][:length], row[k * length :][:length])
 
 
+@summing
+def sum_of(values):
+    """In any order, as numpy's sum is not compiled."""
+    total = ZERO
+    for value in values:
+        total += value
+    return total
+
+
 @compiled
 def add_shift(shift, start, channel, y, line, lines):
     """Add to a row of a channel what a context does, in samples from ``start`` on.
 
     Args:
-        shift: (B, channels, 1 or H, 1 or W).
+        shift: (1 or B, channels, 1 or H, 1 or W).
     """
     row = min(y, shift.shape[2] - 1)
+    if len(shift) == 1:  # of all samples, and of no harm to lanes without one
+        for x in range(lines.width):
+            own = shift[0, channel, row, min(x, shift.shape[3] - 1)]
+            at_pixel = line[x * lines.group :][: lines.group]
+            for n in range(lines.group):
+                at_pixel[n] += own
+        return
     for n in range(min(lines.group, len(shift) - start)):
         for x in range(lines.width):
             line[x * lines.group + n] += shift[start + n, channel, row, min(x, shift.shape[3] - 1)]
@@ -314,6 +330,11 @@ def add_shift(shift, start, channel, y, line, lines):
 def add_shift_gradient(line, start, channel, y, by_shift, lines):
     """Add the gradient by a row of pre-activations to that by the shift."""
     row = min(y, by_shift.shape[2] - 1)
+    if len(by_shift) == 1:  # of all samples; lanes without one have no gradient
+        for x in range(lines.width):
+            at_pixel = line[x * lines.group :][: lines.group]
+            by_shift[0, channel, row, min(x, by_shift.shape[3] - 1)] += sum_of(at_pixel)
+        return
     for n in range(min(lines.group, len(by_shift) - start)):
         for x in range(lines.width):
             by_shift[start + n, channel, row, min(x, by_shift.shape[3] - 1)] += line[
@@ -446,15 +467,6 @@ def forward_groups(
                             diagonal[start + n, c, i, j] = (
                                 t[own, c, i, j] + sums[place + j * lines.group]
                             )
-
-
-@summing
-def sum_of(values):
-    """In any order, as numpy's sum is not compiled."""
-    total = ZERO
-    for value in values:
-        total += value
-    return total
 
 
 @compiled

@@ -308,24 +308,35 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
     sums = [
         [np.zeros(shape, np.float32) for shape in ((hidden,), (hidden,), *summed)] for _ in shares
     ]
-    # Samples have shifts of their own, and threads have samples of their own.
+    # Samples have shifts of their own, and threads have samples of their own; but where one shift
+    # is that of all, each thread has a sum.
     by_shifts = [_zeros_like(shift) for shift in (shift1, shift2)]
-    of_samples = tuple(_of_samples(one, x.ndim - 2) for one in by_shifts)
+    shared = shift1 is not None and len(shift1) == 1
+    of_threads = [
+        [_zeros_like(one) for one in by_shifts] if shared and thread else by_shifts
+        for thread in range(len(shares))
+    ]
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = tuple(one.numpy().reshape(-1, size_of(hidden, lines)) for one in (h1, h2))
 
-    def work(part: tuple[Array, list[Array]]) -> None:
-        some, own = part
+    def work(part: tuple[Array, list[Array], list[Tensor | None]]) -> None:
+        some, own, to_shifts = part
+        of_samples = (_of_samples(one, x.ndim - 2) for one in to_shifts)
         backward_groups(
             LOOPS, some, inputs, positive, kept, (upstream, to_diagonal), convs, both, plans,
             NAMES.index(activation), by_rows(by_x, lines), (*own[:2], *of_samples),
             tuple(own[2:]), lines,
         )  # fmt: skip
 
-    share(zip(shares, sums, strict=True), work)
+    share(zip(shares, sums, of_threads, strict=True), work)
     for own in sums[1:]:
         for total, one in zip(sums[0], own, strict=True):
             total += one  # not by torch, whose threads would have to wake up
+    for to_shifts in of_threads[1:] if shared else ():
+        for sum_of_all, one_more in zip(by_shifts, to_shifts, strict=True):
+            assert sum_of_all is not None
+            assert one_more is not None
+            sum_of_all.numpy()[...] += one_more.numpy()
     by_bias1, by_bias2, *by_three, by_dense = map(torch.from_numpy, sums[0])
     if by_weights:
         by_three = [one.view(shape) for one, shape in zip(by_three, shapes, strict=True)]
@@ -468,7 +479,8 @@ class _MintLayer(torch.autograd.Function):
             by_parts[:6] = by_weight1, by_bias1, by_weight2, by_bias2, by_weight3, by_bias3
         if needed[6]:
             by_t = by_y * x + by_diagonal
-            by_parts[6] = by_t if t.ndim == x.ndim else by_t.sum(0)
+            batched = t.ndim == x.ndim
+            by_parts[6] = by_t if t.shape == x.shape else by_t.sum(0, keepdim=batched)
         if by_shifts:
             by_parts[7:] = by_shifts
         return by_x, *[None] * 4, *by_parts

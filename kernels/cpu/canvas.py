@@ -297,15 +297,6 @@ def slopes_of_row(activation, canvas, y, channels, lines, row):
         slopes(activation, canvas[place:][:length], row[k * length :][:length])
 
 
-@summing
-def sum_of(values):
-    """In any order, as numpy's sum is not compiled."""
-    total = ZERO
-    for value in values:
-        total += value
-    return total
-
-
 @compiled
 def add_shift(shift, start, channel, y, line, lines):
     """Add to a row of a channel what a context does, in samples from ``start`` on.
@@ -328,13 +319,18 @@ def add_shift(shift, start, channel, y, line, lines):
 
 @compiled
 def add_shift_gradient(line, start, channel, y, by_shift, lines):
-    """Add the gradient by a row of pre-activations to that by the shift."""
-    row = min(y, by_shift.shape[2] - 1)
-    if len(by_shift) == 1:  # of all samples; lanes without one have no gradient
-        for x in range(lines.width):
-            at_pixel = line[x * lines.group :][: lines.group]
-            by_shift[0, channel, row, min(x, by_shift.shape[3] - 1)] += sum_of(at_pixel)
+    """Add the gradient by a row of pre-activations to that by the shift.
+
+    Args:
+        by_shift: shaped as the shift; or, of one for all samples, (1, channels, rows, length), lane
+            by lane.
+    """
+    if len(by_shift) == 1 and by_shift.shape[3] == len(line):
+        total = by_shift[0, channel, y]
+        for i in range(len(line)):
+            total[i] += line[i]
         return
+    row = min(y, by_shift.shape[2] - 1)
     for n in range(min(lines.group, len(by_shift) - start)):
         for x in range(lines.width):
             by_shift[start + n, channel, row, min(x, by_shift.shape[3] - 1)] += line[
@@ -469,6 +465,15 @@ def forward_groups(
                             )
 
 
+@summing
+def sum_of(values):
+    """In any order, as numpy's sum is not compiled."""
+    total = ZERO
+    for value in values:
+        total += value
+    return total
+
+
 @compiled
 def hidden_gradient(
     loops, source, conv, own, other, centres, by_diagonal, activation, target, by_bias, by_shift,
@@ -483,7 +488,7 @@ def hidden_gradient(
         by_diagonal: g, (rows, C, length) flat.
         target: the values of a canvas of zeros, to write to.
         by_bias: to add to.
-        by_shift: as :func:`add_shift` has shifts, to add to; or empty.
+        by_shift: as :func:`add_shift_gradient` has it, to add to; or empty.
     """
     tiles = conv[0]
     outputs = len(by_bias)

@@ -304,40 +304,36 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
     shares = _shares(ceil_divide(len(x), lines.group))
     flat = [(*shape[:2], math.prod(shape[2:])) for shape in shapes]
     summed = [*flat, (hidden, hidden, 1)] if by_weights else [(0, 0, 0)] * 4
+    # Samples have shifts of their own, and threads have samples of their own; but one shift for all
+    # has a sum, lane by lane.
+    shared = shift1 is not None and len(shift1) == 1 != len(x)
+    by_shifts = [] if shared else [_zeros_like(shift) for shift in (shift1, shift2)]
+    of_samples = [_of_samples(one, x.ndim - 2) for one in by_shifts]
+    lanes = [(1, hidden, lines.rows, lines.length)] * 2 if shared else []
     # Each thread has sums of its own, in memory of their own: what is not returned has to go.
     sums = [
-        [np.zeros(shape, np.float32) for shape in ((hidden,), (hidden,), *summed)] for _ in shares
-    ]
-    # Samples have shifts of their own, and threads have samples of their own; but where one shift
-    # is that of all, each thread has a sum.
-    by_shifts = [_zeros_like(shift) for shift in (shift1, shift2)]
-    shared = shift1 is not None and len(shift1) == 1
-    of_threads = [
-        [_zeros_like(one) for one in by_shifts] if shared and thread else by_shifts
-        for thread in range(len(shares))
+        [np.zeros(shape, np.float32) for shape in ((hidden,), (hidden,), *summed, *lanes)]
+        for _ in shares
     ]
     by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = tuple(one.numpy().reshape(-1, size_of(hidden, lines)) for one in (h1, h2))
 
-    def work(part: tuple[Array, list[Array], list[Tensor | None]]) -> None:
-        some, own, to_shifts = part
-        of_samples = (_of_samples(one, x.ndim - 2) for one in to_shifts)
+    def work(part: tuple[Array, list[Array]]) -> None:
+        some, own = part
         backward_groups(
             LOOPS, some, inputs, positive, kept, (upstream, to_diagonal), convs, both, plans,
-            NAMES.index(activation), by_rows(by_x, lines), (*own[:2], *of_samples),
-            tuple(own[2:]), lines,
+            NAMES.index(activation), by_rows(by_x, lines), (*own[:2], *own[6:], *of_samples),
+            tuple(own[2:6]), lines,
         )  # fmt: skip
 
-    share(zip(shares, sums, of_threads, strict=True), work)
+    share(zip(shares, sums, strict=True), work)
     for own in sums[1:]:
         for total, one in zip(sums[0], own, strict=True):
             total += one  # not by torch, whose threads would have to wake up
-    for to_shifts in of_threads[1:] if shared else ():
-        for sum_of_all, one_more in zip(by_shifts, to_shifts, strict=True):
-            assert sum_of_all is not None
-            assert one_more is not None
-            sum_of_all.numpy()[...] += one_more.numpy()
-    by_bias1, by_bias2, *by_three, by_dense = map(torch.from_numpy, sums[0])
+    by_bias1, by_bias2, *by_three, by_dense = map(torch.from_numpy, sums[0][:6])
+    for one in sums[0][6:]:
+        by_pixel = one[..., : lines.pixels].reshape(1, hidden, lines.rows, -1, lines.group).sum(-1)
+        by_shifts.append(torch.from_numpy(by_pixel).view(1, hidden, *x.shape[2:]))
     if by_weights:
         by_three = [one.view(shape) for one, shape in zip(by_three, shapes, strict=True)]
         blocks = by_dense.view(colours, units, colours, units)

@@ -65,6 +65,7 @@ LEVELS = "levels"
 #: Mint models with one part each, by what differs from the preset
 VARIANTS: dict[str, dict[str, Any]] = {
     "mint+spline": {"level_spline": LEVELS, "logit_lambda": 1e-6},
+    "mint+position": {"position_bias": 4},
     "mint+actnorm": {"actnorm": True},
     "mint+mixing": {"mixing": True},
     "mint+factor_out": {"factor_out": True},
@@ -302,8 +303,7 @@ def run_all(
         minutes: of a core, for each run; None: as long as the preset says.
         seeds: of initial values, order and noise; all rates are tried with the first.
         rates: learning rates of Adam.
-        models: by name: "mint", "mint+", and keys of :data:`PEERS` or :data:`VARIANTS`, or
-            "resnet".
+        models: by name: those of the contest, and keys of :data:`VARIANTS` for densities.
         data_dir: of the data, as ``--data-dir``; None: where they are looked for.
         pictures: a folder for samples of Mint models, DATA_MODEL_RATE_SEED.png; None: for none.
 
@@ -315,9 +315,10 @@ def run_all(
         MissingLibraryError: the library of a peer is not installed.
         ValueError: a model that takes no part in it.
     """
+    variants = VARIANTS if CONTESTS[name].task == "density" else ()
+    known = list(dict.fromkeys([*CONTESTS[name].models, *variants]))
     for model in models:
-        if model not in CONTESTS[name].models:
-            known = list(CONTESTS[name].models)
+        if model not in known:
             raise ValueError(f"models must be among {known} for {name}, got {model!r}")
     data = load_images(data_name, data_dir)
     count = data.train.count()
@@ -430,7 +431,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=CONTESTS)
-    parser.add_argument("--data", choices=["digits", "mnist5k", "fashion"], default="digits")
+    parser.add_argument(
+        "--data", choices=["digits", "mnist5k", "patches", "fashion"], default="digits"
+    )
     parser.add_argument("--data-dir", type=Path, help="of the data, as of mintnet-triton train")
     parser.add_argument("--pictures", type=Path, help="folder for samples of Mint models")
     parser.add_argument("--minutes", type=float, help="of a core, each run")

@@ -172,6 +172,10 @@ def tables_of(file: str) -> dict[str, str]:
         return report.tables(result)
     if kind == "step":
         return {"A training step": step.table(result)}
+    if kind == "plus":
+        from bench import plus
+
+        return {"A training step beyond the paper": plus.table(result)}
     pytest.importorskip("tqdm")
     from bench import tables
 

@@ -18,7 +18,8 @@ pytest.importorskip("normflows")
 pytest.importorskip("FrEIA")
 pytest.importorskip("torchflows")
 
-from bench import tables
+from bench import plus, tables
+from bench.measure import timing
 from bench.peers import PEERS, BudgetError, count_parameters
 from bench.show.learning import learning
 from mintnet_triton.recipes.data import load_images
@@ -127,6 +128,25 @@ def test_what_a_plus_changes_stands_above_the_terms(monkeypatch: pytest.MonkeyPa
     assert plus.recipe.average == 0.99  # of the contest, for the preset says nothing of it
     monkeypatch.setattr(tables, "_beyond", lambda *_: {"average": 0.5})
     assert tables.read(job("mint+")).recipe.average == 0.5
+
+
+def test_a_step_beyond_the_paper_is_of_a_model_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plus, "DATA", ("digits",))
+    monkeypatch.setattr(plus, "Clock", lambda device, **_: timing.Clock(device, once=True))
+    found = plus.run(0)["data"]["digits"]
+    assert found["parameters"]["mint+"] == pytest.approx(found["parameters"]["mint"], rel=0.1)
+    times = {"mint": [2.0, 2.0, 5.0], "mint+": [2.0, 3.0, 6.0]}
+    assert found["ms"].keys() == times.keys()
+    result = {"data": {"digits": {"parameters": {"mint": 9, "mint+": 8}, "ms": times}}}
+    assert plus.table(result).splitlines()[2] == "| digits | 8 of 9 | 1.20 | 1.10 to 1.35 |"
+
+
+def test_variants_are_known_to_contests_of_densities_alone(tmp_path: Path, pool: Any) -> None:
+    arguments: dict[str, Any] = {"minutes": 1e-9, "seeds": [0], "rates": [1e-3]}
+    with pytest.raises(ValueError, match=r"models must be among .* got .mint\+spline."):
+        tables.run_all(
+            "classify", "digits", tmp_path / "a.json", pool, models=["mint+spline"], **arguments
+        )
 
 
 def test_the_command_makes_runs_in_processes_of_one_thread(

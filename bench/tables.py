@@ -66,6 +66,7 @@ LEVELS = "levels"
 VARIANTS: dict[str, dict[str, Any]] = {
     "mint+spline": {"level_spline": LEVELS, "logit_lambda": 1e-6},
     "mint+position": {"position_bias": 4},
+    "mint+spline+position": {"level_spline": LEVELS, "logit_lambda": 1e-6, "position_bias": 2},
     "mint+actnorm": {"actnorm": True},
     "mint+mixing": {"mixing": True},
     "mint+factor_out": {"factor_out": True},

@@ -148,8 +148,8 @@ def test_a_plus_has_what_differs_from_the_plain_preset() -> None:
         return {name: value for name, value in plus.items() if value != plain.get(name)}
 
     assert changed("data") == {"logit_lambda": 1e-6}
-    assert changed("density_training") == {"weight_decay": 5e-5}
-    beyond = {"level_spline": 17, "pairs": 5, "hidden": 28}
+    assert changed("density_training") == {"weight_decay": 1e-4}
+    beyond = {"level_spline": 17, "position_bias": 4, "hidden": 31}
     assert changed("density") == beyond
     flow = mint.MintNet.from_preset("digits+")
     assert flow.arguments == {**mint.MintNet.from_preset("digits").arguments, **beyond}

@@ -235,6 +235,10 @@ def test_curves_are_drawn_of_runs_that_have_some() -> None:
     assert np.array(line.get_data()).tolist() == [[0.1, 1.0, 2.0], [9.0, 3.0, 2.0]]
     assert axis.get_ylim() == pytest.approx((1.95, 3.05))  # the first look is beyond it
     assert learning({"old": {}}, "bits") is None
+    many = learning({str(number): {"curve": curve} for number in range(14)}, "bits")
+    assert many is not None
+    looks = {(one.get_color(), one.get_linestyle()) for one in many.axes[0].lines}
+    assert len(looks) == 14
 
 
 def test_a_diverged_run_is_recorded(

@@ -6,6 +6,9 @@ from matplotlib.figure import Figure
 
 from bench.show.plot import STYLES
 
+#: of curves whose colour and marker are those of others
+LINES = ("-", "--", ":", "-.")
+
 
 def learning(runs: dict[str, dict[str, Any]], loss: str) -> Figure | None:
     """A curve for each of the runs, by what they are called; None where none has a curve.
@@ -21,9 +24,10 @@ def learning(runs: dict[str, dict[str, Any]], loss: str) -> Figure | None:
     axis = figure.subplots()
     for number, (name, curve) in enumerate(drawn.items()):
         colour, marker = STYLES[number % len(STYLES)]
+        line = LINES[number // len(STYLES) % len(LINES)]
         seconds, losses = zip(*curve, strict=True)
         axis.plot([one / 60 for one in seconds], losses, color=colour, marker=marker, markersize=3,
-                  linewidth=1, label=name)  # fmt: skip
+                  linewidth=1, linestyle=line, label=name)  # fmt: skip
     # What is learnt in the first tenth would hide the rest.
     late = [value for curve in drawn.values() for value in _late(curve)]
     margin = 0.05 * (max(late) - min(late)) or 0.01

@@ -62,7 +62,7 @@ MOST_HELD_OUT = 1000  # of a tenth of the images, so that those looks take littl
 
 #: in the place of how many values a pixel of the data may take
 LEVELS = "levels"
-#: Mint models with one part each, by what differs from the preset
+#: Mint models with a part, or the two that pay, by what differs from the preset
 VARIANTS: dict[str, dict[str, Any]] = {
     "mint+spline": {"level_spline": LEVELS, "logit_lambda": 1e-6},
     "mint+position": {"position_bias": 4},

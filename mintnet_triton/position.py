@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mintnet_triton.checks import as_size, check_positive
+
 
 class PositionBias(nn.Module):
     """So many maps of a size, each a sum of products of one cosine along each axis.
@@ -23,6 +25,9 @@ class PositionBias(nn.Module):
         size: (H, W), or sizes along other axes.
         outputs: number of maps P.
         device, dtype: of the weight; torch's defaults if None.
+
+    Raises:
+        ValueError, TypeError: an argument outside its range.
     """
 
     def __init__(
@@ -34,7 +39,8 @@ class PositionBias(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.size = tuple(size)
+        frequencies, outputs = check_positive(frequencies=frequencies, outputs=outputs)
+        self.size = as_size("size", size)
         self.frequencies = tuple(min(frequencies, side) for side in self.size)
         shape = outputs, math.prod(self.frequencies)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

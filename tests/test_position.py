@@ -12,8 +12,10 @@ from torch.func import functional_call
 import mintnet_triton as mint
 from mintnet_triton import MintLayer, use_backend
 from mintnet_triton.kernels.backend import numba_compiles
+from mintnet_triton.kernels.reference import Condition
 from mintnet_triton.position import PositionBias
 from mintnet_triton.solvers import FixedPoint, Wavefront
+from mintnet_triton.views import twin
 from tests import adversarial, grid
 
 CHANNELS, SIZE, HIDDEN = 3, (4, 5), 4
@@ -49,13 +51,14 @@ def of_context(layer: MintLayer, batch: int, context: int = 0) -> tuple[MintLaye
     """
     assert layer.position_bias is not None
     weight, basis = layer.position_bias.weight, layer.position_bias._cosines.to(layer.t.dtype)
+    assert layer.ordering is not None
     other = make_layer(
         weight.dtype,
         channels=layer.channels,
         size=layer.size,
         hidden=layer.hidden,
-        triangle=layer.ordering.triangle,  # type: ignore[union-attr]  # a Mint layer has one
-        order=layer.ordering.order,  # type: ignore[union-attr]
+        triangle=layer.ordering.triangle,
+        order=layer.ordering.order,
         activation=layer.activation,
         position_bias=None,
         context=context + len(basis),
@@ -196,6 +199,24 @@ def test_compiled_layers_agree_with_float64(case: dict[str, Any]) -> None:
     for name, value in expected.items():
         error = (computed[name].double() - value).norm() / value.norm().clamp(min=1e-3)
         assert error < 5e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [SIZE, (1, 1)], ids=["map", "vector"])
+def test_a_condition_of_one_sample_is_that_of_all(size: tuple[int, int], backend: str) -> None:
+    layer = make_layer(torch.float32, position_bias=None)
+    widths = CHANNELS * HIDDEN, CHANNELS * HIDDEN, CHANNELS, CHANNELS
+    given = [torch.randn(1, width, *size).exp().requires_grad_() for width in widths]
+    x = torch.randn(7, CHANNELS, *SIZE)
+    results = []
+    for samples in (1, 7):
+        view = twin(layer)
+        view._given = Condition(*given).of_batch(samples)
+        with use_backend(backend):
+            y, log_det = view(x)
+            loss = y.square().sum() + log_det.sum()
+            results.append([y, log_det, *torch.autograd.grad(loss, given)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not numba_compiles(), reason="there are no threads of ours then")
@@ -342,6 +363,16 @@ def test_bad_arguments(value: Any, error: type[Exception], message: str) -> None
                  lambda: mint.MintNet(1, 4, 2, 4, 1, position_bias=value)):  # fmt: skip
         with pytest.raises(error, match=message):
             make()
+
+
+def test_bad_arguments_of_its_own() -> None:
+    for arguments, message in (
+        ((0, SIZE, 2), "frequencies must be at least 1, got 0"),
+        ((2, (4, 0), 2), "size must be at least 1, got 0"),
+        ((2, SIZE, 0), "outputs must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PositionBias(*arguments)
 
 
 def test_one_that_overflows_is_reported() -> None:

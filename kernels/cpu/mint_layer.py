@@ -331,9 +331,11 @@ def _backward(  # noqa: PLR0913 (tensors, one by one)
         for total, one in zip(sums[0], own, strict=True):
             total += one  # not by torch, whose threads would have to wake up
     by_bias1, by_bias2, *by_three, by_dense = map(torch.from_numpy, sums[0][:6])
-    for one in sums[0][6:]:
+    for shift, one in zip((shift1, shift2), sums[0][6:], strict=False):  # none, if not shared
+        assert shift is not None
         by_pixel = one[..., : lines.pixels].reshape(1, hidden, lines.rows, -1, lines.group).sum(-1)
-        by_shifts.append(torch.from_numpy(by_pixel).view(1, hidden, *x.shape[2:]))
+        by_map = torch.from_numpy(by_pixel).view(1, hidden, *x.shape[2:])
+        by_shifts.append(by_map.sum_to_size(shift.shape))
     if by_weights:
         by_three = [one.view(shape) for one, shape in zip(by_three, shapes, strict=True)]
         blocks = by_dense.view(colours, units, colours, units)

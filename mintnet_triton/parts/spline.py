@@ -103,14 +103,13 @@ class LevelSpline(TriangularMap):
         x = x.to(log_det_dtype(x))
         knots = self.knots.to(x.dtype)
         piece = torch.searchsorted(knots[1:-1], x.detach().contiguous())
-        width, _, low, height, first, last = self._pieces(piece, x.dtype)
+        width, left, low, height, first, last = self._pieces(piece, x.dtype)
         inside = x.clamp(knots[0], knots[-1])
-        share = (inside - knots[piece]) / width
-        mean, both = height / width, share * (1 - share)
-        below = mean + (first + last - 2 * mean) * both
-        y = low + height * (mean * share.square() + first * both) / below
-        above = last * share.square() + 2 * mean * both + first * (1 - share).square()
-        log_slope = 2 * (mean.log() - below.log()) + above.log()
+        share, mean = (inside - left) / width, height / width
+        rising, falling = torch.lerp(first, mean, share), torch.lerp(mean, last, share)
+        below = mean + (first + last - 2 * mean) * share * (1 - share)
+        y = low + height * share * rising / below
+        log_slope = 2 * (mean.log() - below.log()) + torch.lerp(rising, falling, share).log()
         return y + (x - inside) * log_slope.exp(), log_slope
 
     def solve(
@@ -145,10 +144,11 @@ class LevelSpline(TriangularMap):
         height, slope = log_height.exp(), self.log_slope.to(dtype).exp()
         low = self._ends(height)[:, :-1]
         count = height.shape[1]
-        rows = torch.stack([low, height, slope[:, :-1], slope[:, 1:]], 2).flatten(0, 1)
+        rows = torch.stack([low, height, slope[:, :-1], slope[:, 1:]]).flatten(1)
         channel = torch.arange(self.channels, device=piece.device)
         index = piece + count * channel.view(-1, *[1] * (piece.ndim - 2))
-        return knots.diff()[piece], knots[piece], *F.embedding(index, rows).unbind(-1)
+        fixed = torch.stack([knots.diff(), knots[:-1]])
+        return *_picked(fixed, piece), *_picked(rows, index)
 
     def _ends(self, height: Tensor) -> Tensor:
         """y at the knots, (C, pieces + 1)."""
@@ -156,6 +156,12 @@ class LevelSpline(TriangularMap):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, levels={self.levels}"
+
+
+def _picked(rows: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """Each row's entries at the index, shaped as the index."""
+    # The gradient, added at an index, takes a tenth of an embedding's time on a CPU.
+    return rows.index_select(1, index.flatten()).view(len(rows), *index.shape).unbind()
 
 
 def _curve(levels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,7 +62,7 @@ MOST_HELD_OUT = 1000  # of a tenth of the images, so that those looks take littl
 
 #: in the place of how many values a pixel of the data may take
 LEVELS = "levels"
-#: Mint models with a part, or the two that pay, by what differs from the preset
+#: Mint models with parts, by what differs from the preset, or for mint++ from the one with a plus
 VARIANTS: dict[str, dict[str, Any]] = {
     "mint+spline": {"level_spline": LEVELS, "logit_lambda": 1e-6},
     "mint+position": {"position_bias": 4},
@@ -76,6 +76,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mint+logit": {"logit_lambda": 1e-3},
     "mint+depth": {"pairs": 8},
     "mint+decay": {"weight_decay": 1e-4},
+    "mint+dequantiser": {"dequantiser": 4},
+    "mint++dequantiser": {"dequantiser": 4},
 }
 
 
@@ -148,11 +150,16 @@ def read(job: Job) -> Experiment:
     plain = read_experiment(job.data, task, changes)
     if job.model not in (PLUS, *VARIANTS):
         return plain
-    beyond = VARIANTS.get(job.model) or _beyond(job.data, task)
+    beyond = _beyond(job.data, task) if _is_plus(job.model) else {}
+    beyond |= VARIANTS.get(job.model, {})
     levels = plain.data["levels"]
     beyond = {name: levels if value == LEVELS else value for name, value in beyond.items()}
     own = read_experiment(job.data, task, {**changes, **beyond})
     return as_large(own, count_parameters(new_model(plain)))
+
+
+def _is_plus(model: str) -> bool:
+    return model == PLUS or model.startswith(f"{PLUS}+")
 
 
 def _beyond(data: DataName, task: str) -> dict[str, Any]:
@@ -240,7 +247,8 @@ def run(job: Job) -> dict[str, Any]:
     if not found.loss.isfinite().all():
         wrong = int((~found.loss.isfinite()).any(0).sum())
         return {**facts, "diverged": f"not finite on {wrong} test images"}
-    facts[objective.metric] = float(found.metric.mean())
+    wanted = (objective.metric, "bits_bound", "bits_importance")
+    facts |= {name: value for name, value in found.summary().items() if name in wanted}
     flow = state.evaluated()
     if isinstance(flow, MintNet) and isinstance(objective, Density):
         facts["samples"], picture = draw(flow, objective, job.seed)
@@ -397,6 +405,26 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
 
+def bounds(results: dict[str, Any]) -> str:
+    """What noise that is learnt gives, beside the exact bits of the same flows, in Markdown.
+
+    Mean over the seeds, at the best rate; "" if no model has a dequantiser.
+    """
+    draws = CONTESTS[results["task"]].draws
+    heads = ["model", "bits per dimension, uniform noise", "variational bound"]
+    rows = [[*heads, f"importance-weighted, {draws} draws", "seeds"], ["---"] * 5]
+    bounded = [made for made in results["runs"] if "bits_bound" in made]
+    for model in dict.fromkeys(made["model"] for made in bounded):
+        rate = _best_rate(_runs_of(model, results))
+        best = [made for made in bounded if (made["model"], made["rate"]) == (model, rate)]
+        scores = [
+            f"{statistics.fmean(made[name] for made in best):.3f}"
+            for name in ("bits_per_dim", "bits_bound", "bits_importance")
+        ]
+        rows.append([_names(model, results["task"])[0], *scores, str(len(best))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
+
+
 def _names(model: str, task: str) -> tuple[str, str]:
     """Of a model and its library."""
     if model in PEERS:
@@ -404,9 +432,9 @@ def _names(model: str, task: str) -> tuple[str, str]:
     if model == RESNET:
         return "ResNet", "bench.peers"
     name = {"density": "MintNet", "classify": "MintClassifier"}[CONTESTS[task].task]
-    if model == PLUS:
+    if _is_plus(model):
         name += "+"
-    elif model in VARIANTS:
+    if model in VARIANTS:
         name += ", " + ", ".join(f"`{key}={value}`" for key, value in VARIANTS[model].items())
     return name, "this one"
 
@@ -464,7 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             data_dir=options.data_dir,
             pictures=options.pictures,
         )
-    print(table(results))
+    print(table(results), bounds(results), sep="\n\n")
     best = {
         _names(model, options.task)[0]: min(_runs_of(model, results), key=_loss)
         for model in dict.fromkeys(made["model"] for made in results["runs"])

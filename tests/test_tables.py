@@ -130,6 +130,22 @@ def test_what_a_plus_changes_stands_above_the_terms(monkeypatch: pytest.MonkeyPa
     assert tables.read(job("mint+")).recipe.average == 0.5
 
 
+def test_learnt_noise_has_bounds_beside_exact_bits(tmp_path: Path, pool: Executor) -> None:
+    plain = make(tmp_path / "plain.json", pool, models=["mint"])
+    assert tables.bounds(plain) == ""
+    for name in ("mint+dequantiser", "mint++dequantiser"):
+        found = tables.read(job(name))
+        assert (found.model["dequantiser"], "level_spline" in found.model) == (4, "++" in name)
+    results = make(tmp_path / "learnt.json", pool, models=["mint++dequantiser"])
+    (made,) = results["runs"]
+    exact, bound, weighted = (
+        made[name] for name in ("bits_per_dim", "bits_bound", "bits_importance")
+    )
+    assert weighted < bound != exact
+    row = f"| MintNet+, `dequantiser=4` | {exact:.3f} | {bound:.3f} | {weighted:.3f} | 1 |"
+    assert tables.bounds(results).splitlines()[2:] == [row]
+
+
 def test_a_step_beyond_the_paper_is_of_a_model_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plus, "DATA", ("digits",))
     monkeypatch.setattr(plus, "Clock", lambda device, **_: timing.Clock(device, once=True))

@@ -19,6 +19,7 @@ from mintnet_triton import FixedPoint, MintLayer, use_backend
 from mintnet_triton.kernels.backend import numba_compiles
 from mintnet_triton.solvers import Auto, Wavefront
 from tests import grid
+from tests.conditioned import fill
 
 CHANNELS, SIZE, HIDDEN, CONTEXT = 3, (4, 5), 4, 2
 #: shapes of a context of so many channels
@@ -39,12 +40,7 @@ def make_layer(
         "context": CONTEXT,
     }
     layer = MintLayer(**shape | {"initialisation": "classifier"} | arguments).to(dtype)
-    with torch.no_grad():
-        layer.t.uniform_(0.3, 2).mul_(torch.randn_like(layer.t).sign())
-        if far and layer.context_network is not None:
-            for parameter in layer.context_network.parameters():
-                parameter.normal_(std=0.5)
-    return layer
+    return fill(layer, conditions=far)
 
 
 def inputs(shape: tuple[int, ...], batch: int = 4, dtype: torch.dtype = torch.float64) -> Any:

@@ -11,6 +11,7 @@ from mintnet_triton import FixedPoint, MintLayer, frozen, invert, use_backend
 from mintnet_triton.kernels.gpu import mint_layer
 from mintnet_triton.solvers import Wavefront
 from tests import grid
+from tests.conditioned import fill
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("vector", {"triangle": "lower", "order": "channel"}),
@@ -22,13 +23,7 @@ def make_layer(dtype: torch.dtype = torch.float64, **arguments: Any) -> MintLaye
     torch.manual_seed(0)
     shape: dict[str, Any] = {"channels": 2, "size": (2, 3), "hidden": 3, "context": 2}
     layer = MintLayer(**shape | {"initialisation": "classifier"} | arguments).to(dtype)
-    with torch.no_grad():
-        layer.t.uniform_(0.3, 2).mul_(torch.randn_like(layer.t).sign())
-        for name in ("context_network", "position_bias"):
-            network = getattr(layer, name)
-            for parameter in () if network is None else network.parameters():
-                parameter.normal_(std=0.5)
-    return layer.to(grid.DEVICE)
+    return fill(layer).to(grid.DEVICE)
 
 
 def inputs(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

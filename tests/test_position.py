@@ -17,6 +17,7 @@ from mintnet_triton.position import PositionBias
 from mintnet_triton.solvers import FixedPoint, Wavefront
 from mintnet_triton.views import twin
 from tests import adversarial, grid
+from tests.conditioned import fill
 
 CHANNELS, SIZE, HIDDEN = 3, (4, 5), 4
 BACKENDS = ["torch", "auto"]
@@ -33,14 +34,7 @@ def make_layer(dtype: torch.dtype = torch.float64, **arguments: Any) -> MintLaye
         "position_bias": 3,
         "initialisation": "classifier",
     }
-    layer = MintLayer(**shape | arguments).to(dtype)
-    with torch.no_grad():
-        layer.t.uniform_(0.3, 2).mul_(torch.randn_like(layer.t).sign())
-        for name in ("position_bias", "context_network"):
-            network = getattr(layer, name)
-            for parameter in () if network is None else network.parameters():
-                parameter.normal_(std=0.3)
-    return layer
+    return fill(MintLayer(**shape | arguments).to(dtype), deviation=0.3)
 
 
 def of_context(layer: MintLayer, batch: int, context: int = 0) -> tuple[MintLayer, Tensor]:

@@ -425,6 +425,29 @@ def bounds(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
 
 
+def samples(results: dict[str, Any]) -> str:
+    """Of the Mint models whose samples were drawn, what is sure of them, in Markdown.
+
+    Of each model's first run at its best rate; "" if none was drawn. Time, with the certificates,
+    is that of the table's first model taken as 1.
+    """
+    heads = ["model", "samples", "converged", "with a bound", "largest residual"]
+    rows = [[*heads, "largest bound of the error", "time"], ["---"] * 7]
+    first = None
+    for model in dict.fromkeys(made["model"] for made in results["runs"] if "samples" in made):
+        rate = _best_rate(_runs_of(model, results))
+        drawn = next(made["samples"] for made in _runs_of(model, results) if made["rate"] == rate)
+        first = first or drawn["seconds"]
+        counts = [str(drawn[name]) for name in ("number", "converged", "certified")]
+        errors = [
+            "-" if drawn[name] is None else f"{drawn[name]:.0e}"
+            for name in ("residual", "error_bound")
+        ]
+        name, _ = _names(model, results["task"])
+        rows.append([name, *counts, *errors, f"{drawn['seconds'] / first:.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
+
+
 def _names(model: str, task: str) -> tuple[str, str]:
     """Of a model and its library."""
     if model in PEERS:
@@ -492,7 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             data_dir=options.data_dir,
             pictures=options.pictures,
         )
-    print(table(results), bounds(results), sep="\n\n")
+    print(*filter(None, (table(results), bounds(results), samples(results))), sep="\n\n")
     best = {
         _names(model, options.task)[0]: min(_runs_of(model, results), key=_loss)
         for model in dict.fromkeys(made["model"] for made in results["runs"])

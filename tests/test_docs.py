@@ -179,7 +179,11 @@ def tables_of(file: str) -> dict[str, str]:
     pytest.importorskip("tqdm")
     from bench import tables
 
-    return {result["task"]: tables.table(result), "bounds": tables.bounds(result)}
+    return {
+        result["task"]: tables.table(result),
+        "bounds": tables.bounds(result),
+        "samples": tables.samples(result),
+    }
 
 
 def test_tables_are_found() -> None:

@@ -146,6 +146,23 @@ def test_learnt_noise_has_bounds_beside_exact_bits(tmp_path: Path, pool: Executo
     assert tables.bounds(results).splitlines()[2:] == [row]
 
 
+def test_samples_are_told_of_by_what_is_sure_of_them() -> None:
+    drawn = {"number": 64, "converged": 64, "certified": 64, "residual": 4e-8}
+    first = {**drawn, "error_bound": 2e-6, "seconds": 2.0}
+    second = {**drawn, "certified": 0, "error_bound": None, "seconds": 3.0}
+    runs = [
+        entry("mint", 1e-2, 0, 1.0, 2.0) | {"samples": {**first, "seconds": 9.0}},
+        entry("mint", 1e-3, 0, 0.5, 2.0) | {"samples": first},
+        entry("mint+", 1e-3, 0, 0.5, 2.0) | {"samples": second},
+        entry("glow", 1e-3, 0, 0.5, 2.0),
+    ]
+    assert tables.samples({"task": "density", "runs": runs}).splitlines()[2:] == [
+        "| MintNet | 64 | 64 | 64 | 4e-08 | 2e-06 | 1.00 |",
+        "| MintNet+ | 64 | 64 | 0 | 4e-08 | - | 1.50 |",
+    ]
+    assert tables.samples({"task": "density", "runs": runs[3:]}) == ""
+
+
 def test_a_step_beyond_the_paper_is_of_a_model_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plus, "DATA", ("digits",))
     monkeypatch.setattr(plus, "Clock", lambda device, **_: timing.Clock(device, once=True))

@@ -232,7 +232,7 @@ class MintNet(Chain):
 
         Args:
             name: "mnist", "cifar10" or "imagenet32"; "digits", "mnist5k", "fashion" or "patches"
-                for small ones, not the paper's; "digits+", "mnist5k+", "fashion+" or "mnist+" with
+                for small ones, not the paper's; all of these but "patches" with a "+", too, for
                 what pays beyond the paper.
             changes: constructor arguments to use instead of the preset's.
 

@@ -167,11 +167,15 @@ def test_a_classifier_and_its_moving_average(
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize(("name", "test"), [("cifar10", "test"), ("imagenet32", "validation")])
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [("cifar10", "test"), ("cifar10+", "test"), ("imagenet32", "validation")],
+)
 def test_the_papers_presets_run_on_files_of_the_hub(
     name: str, test: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    column = "img" if name == "cifar10" else "image"
+    cifar10 = name.startswith("cifar10")
+    column = "img" if cifar10 else "image"
     write_parquet(tmp_path / "data", column, (32, 32, 3), {"train": 16, test: 5})
     out, data = str(tmp_path / "run"), ["--data-dir", str(tmp_path / "data")]
     changes = [*SMALL, "--set", "batch_size=4"]
@@ -182,10 +186,10 @@ def test_the_papers_presets_run_on_files_of_the_hub(
     assert report["test"]["images"] == 5
     assert report["test"]["not_finite"] == 0
     description = RunFolder(tmp_path / "run").description()
-    assert description["recipe"]["flip"] is (name == "cifar10")
+    assert description["recipe"]["flip"] is cifar10
     # A stream is resumed where it stood, without having counted it.
     (RunFolder(tmp_path / "run").checkpoints()[-1]).unlink()
-    assert description["data"]["training_images"] == (16 if name == "cifar10" else None)
+    assert description["data"]["training_images"] == (16 if cifar10 else None)
     arguments = ["train", "density", "--preset", name, "--out", out, *data, *changes]
     before = RunFolder(tmp_path / "run").load("best")["model"]
     assert main([*arguments, "--resume"]) == 0

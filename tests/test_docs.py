@@ -203,6 +203,11 @@ def test_tables_are_those_of_committed_results(page: str) -> None:
         assert rows.strip() == tables_of(file)[heading].strip(), heading
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_stand_between_empty_lines(page: str) -> None:
+    assert not re.findall(r"^\|.*\n(?!\||\n|\Z).+|^[^|\n].*\n(?=\| ---)", PAGES[page], re.MULTILINE)
+
+
 def test_every_table_of_benchmarks_is_tied() -> None:
     text = PAGES["docs/benchmarks.md"]
     assert len(re.findall(r"^\| ---", text, re.MULTILINE)) == len(tied_tables(text))

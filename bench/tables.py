@@ -428,15 +428,18 @@ def bounds(results: dict[str, Any]) -> str:
 def samples(results: dict[str, Any]) -> str:
     """Of the Mint models whose samples were drawn, what is sure of them, in Markdown.
 
-    Of each model's first run at its best rate; "" if none was drawn. Time, with the certificates,
-    is that of the table's first model taken as 1.
+    Of each model's first run at its best rate that had some, for what diverged has none; "" if
+    there is no such model. Time, with the certificates, is that of the table's first taken as 1.
     """
     heads = ["model", "samples", "converged", "with a bound", "largest residual"]
     rows = [[*heads, "largest bound of the error", "time"], ["---"] * 7]
     first = None
     for model in dict.fromkeys(made["model"] for made in results["runs"] if "samples" in made):
         rate = _best_rate(_runs_of(model, results))
-        drawn = next(made["samples"] for made in _runs_of(model, results) if made["rate"] == rate)
+        at_best = (made for made in _runs_of(model, results) if made["rate"] == rate)
+        drawn = next((made["samples"] for made in at_best if "samples" in made), None)
+        if drawn is None:
+            continue
         first = first or drawn["seconds"]
         counts = [str(drawn[name]) for name in ("number", "converged", "certified")]
         errors = [

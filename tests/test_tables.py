@@ -150,17 +150,21 @@ def test_samples_are_told_of_by_what_is_sure_of_them() -> None:
     drawn = {"number": 64, "converged": 64, "certified": 64, "residual": 4e-8}
     first = {**drawn, "error_bound": 2e-6, "seconds": 2.0}
     second = {**drawn, "certified": 0, "error_bound": None, "seconds": 3.0}
+    diverged = {"model": "mint+", "rate": 1e-3, "seed": 1, "diverged": "nan"}
     runs = [
         entry("mint", 1e-2, 0, 1.0, 2.0) | {"samples": {**first, "seconds": 9.0}},
         entry("mint", 1e-3, 0, 0.5, 2.0) | {"samples": first},
+        diverged,
         entry("mint+", 1e-3, 0, 0.5, 2.0) | {"samples": second},
+        entry("mint+logit", 1e-2, 0, 1.0, 2.0) | {"samples": first},
+        entry("mint+logit", 1e-3, 0, 0.5, 2.0),  # its best, of which none were drawn
         entry("glow", 1e-3, 0, 0.5, 2.0),
     ]
     assert tables.samples({"task": "density", "runs": runs}).splitlines()[2:] == [
         "| MintNet | 64 | 64 | 64 | 4e-08 | 2e-06 | 1.00 |",
         "| MintNet+ | 64 | 64 | 0 | 4e-08 | - | 1.50 |",
     ]
-    assert tables.samples({"task": "density", "runs": runs[3:]}) == ""
+    assert tables.samples({"task": "density", "runs": runs[4:]}) == ""
 
 
 def test_a_step_beyond_the_paper_is_of_a_model_as_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mint+logit": {"logit_lambda": 1e-3},
     "mint+depth": {"pairs": 8},
     "mint+decay": {"weight_decay": 1e-4},
+    # digits' plus is all of these three: what it is without each
+    "mint+position+decay": {"position_bias": 4, "weight_decay": 1e-4},
+    "mint+spline+decay": {"level_spline": LEVELS, "logit_lambda": 1e-6, "weight_decay": 1e-4},
+    "mint+spline+position4": {"level_spline": LEVELS, "logit_lambda": 1e-6, "position_bias": 4},
     "mint+dequantiser": {"dequantiser": 4},
     "mint++dequantiser": {"dequantiser": 4},
+    "mint++mixing": {"mixing": True},
+    "mint++depth": {"pairs": 8},
 }
 
 

@@ -33,7 +33,6 @@ from mintnet_triton.recipes.pixels import read_pixels
 from mintnet_triton.recipes.recipe import Recipe
 from mintnet_triton.recipes.training import train
 from tests.hub import png, write_rows
-from tests.tiny_run import random_data
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -306,7 +305,8 @@ def test_a_stream_without_labels(tmp_path: Path) -> None:
 def test_labels_in_memory_are_seen_before_training(
     labels: torch.Tensor, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    split = ImageSet(random_data().train.images, labels)  # type: ignore[attr-defined]
+    images = torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8)
+    split = ImageSet(images, labels)
     data = ImageData("digits", split, split, 17, (1, 4, 4), classes=3)
     model = mint.MintClassifier(1, 4, classes=3, pairs=1, squeezes=0, width=4)
     with pytest.raises(error, match=message):
